@@ -1,0 +1,107 @@
+"""gsm8k_chinese, or any set with its two columns, as prompts for GRPO.
+
+`load_questions` takes a hub id, a local folder (train.jsonl, test.jsonl, …) or one JSONL, JSON, CSV or Parquet file,
+and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and `answer` (str).
+"""
+
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from rewards import label_number
+
+HUB_ID = "swulling/gsm8k_chinese"  # 7,473 train and 1,319 test questions, MIT licence
+REVISION = "main"  # of HUB_ID; a commit of it goes here to pin the questions for good
+
+QUESTION_COLUMN = "question_zh-cn"  # the hub set's `question` is English
+ANSWER_COLUMN = "answer_only"  # int64 on the hub; its `answer` is the English worked solution
+
+# The form that rewards.py scores, newline by newline.
+SYSTEM_PROMPT = """请按照如下格式回答：
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
+
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class UserError(Exception):
+    """Something the user can put right. The scripts print it as one line, `error: …`, and exit with status 2."""
+
+
+def to_prompt(question: str) -> list[dict[str, str]]:
+    """The messages that the policy sees for `question`: the same in training, in evaluation and in infer.py."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+
+
+def train_and_test_splits(dataset: str) -> tuple[str, str]:
+    """The names of the two splits. A single file has but one: its last tenth is held out."""
+    return ("train[:90%]", "train[90%:]") if Path(dataset).is_file() else ("train", "test")
+
+
+def load_questions(dataset: str, split: str, tokenizer, max_prompt_length: int) -> Dataset:
+    """The questions of `split` as a Dataset with `prompt` (list of messages) and `answer` (str).
+
+    `dataset` is a hub id, a folder or a file; `split` is a split's name or a slice of one (`train[:90%]`).
+    Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: TRL no
+    longer cuts prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
+    """
+    rows = _load_rows(dataset, split)
+    missing = [column for column in (QUESTION_COLUMN, ANSWER_COLUMN) if column not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"{dataset} has no column {' and no column '.join(missing)}: it has {', '.join(rows.column_names)}. "
+            f"Rename the column with the question to {QUESTION_COLUMN} and the one with the number to {ANSWER_COLUMN}."
+        )
+    if len(rows) == 0:
+        raise UserError(f"{dataset} has no rows in its split {split}: give a set with at least one question.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row[QUESTION_COLUMN], str) or not row[QUESTION_COLUMN].strip():
+            raise UserError(f"row {number} of {dataset} ({split}) has no question in {QUESTION_COLUMN}: remove the row.")
+        if row[ANSWER_COLUMN] is None or label_number(row[ANSWER_COLUMN]) is None:
+            raise UserError(
+                f"row {number} of {dataset} ({split}) has {row[ANSWER_COLUMN]!r} in {ANSWER_COLUMN}, "
+                "which is not one number: correct the row or remove it."
+            )
+    questions = rows.map(
+        lambda row: {"prompt": to_prompt(row[QUESTION_COLUMN]), "answer": str(row[ANSWER_COLUMN])},
+        remove_columns=rows.column_names,
+    )
+    fitting = questions.filter(
+        lambda row: len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
+        <= max_prompt_length
+    )
+    if len(fitting) == 0:
+        raise UserError(
+            f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens: raise --max_prompt_length."
+        )
+    if len(fitting) < len(questions):
+        print(f"{split}: dropped {len(questions) - len(fitting)} of {len(questions)} questions, longer than {max_prompt_length} tokens")
+    return fitting
+
+
+def _load_rows(dataset: str, split: str) -> Dataset:
+    path = Path(dataset)
+    try:
+        if path.is_file():
+            if path.suffix not in FILE_TYPES:
+                raise UserError(f"cannot read {dataset}: its name ends in none of {', '.join(FILE_TYPES)}.")
+            return load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split=split)
+        if path.is_dir():
+            return load_dataset(str(path), split=split)
+        if path.is_absolute() or path.suffix in FILE_TYPES or dataset.startswith("."):
+            raise UserError(f"there is no file or folder {dataset}.")
+        return load_dataset(dataset, split=split, revision=REVISION if dataset == HUB_ID else None)
+    except UserError:
+        raise
+    except Exception as error:  # load_dataset raises a dozen types, of four libraries
+        reason = " ".join(str(error).split())
+        if path.exists():
+            raise UserError(f"cannot load the split {split} of {dataset}: {reason}") from error
+        raise UserError(
+            f"cannot load {dataset} from the Hugging Face hub: {reason} "
+            "Check the name and the network, or give a local folder or file with --dataset."
+        ) from error
