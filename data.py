@@ -32,6 +32,11 @@ class UserError(Exception):
     """Something the user can put right. The scripts print it as one line, `error: …`, and exit with status 2."""
 
 
+def fail(message: str) -> None:
+    """Raises UserError(message): what the scripts put in the place of argparse's `parser.error`."""
+    raise UserError(message)
+
+
 def to_prompt(question: str) -> list[dict[str, str]]:
     """The messages that the policy sees for `question`: the same in training, in evaluation and in infer.py."""
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
@@ -60,7 +65,9 @@ def load_questions(dataset: str, split: str, tokenizer, max_prompt_length: int) 
         raise UserError(f"{dataset} has no rows in its split {split}: give a set with at least one question.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row[QUESTION_COLUMN], str) or not row[QUESTION_COLUMN].strip():
-            raise UserError(f"row {number} of {dataset} ({split}) has no question in {QUESTION_COLUMN}: remove the row.")
+            raise UserError(
+                f"row {number} of {dataset} ({split}) has no question in {QUESTION_COLUMN}: remove the row."
+            )
         if row[ANSWER_COLUMN] is None or label_number(row[ANSWER_COLUMN]) is None:
             raise UserError(
                 f"row {number} of {dataset} ({split}) has {row[ANSWER_COLUMN]!r} in {ANSWER_COLUMN}, "
@@ -71,15 +78,19 @@ def load_questions(dataset: str, split: str, tokenizer, max_prompt_length: int) 
         remove_columns=rows.column_names,
     )
     fitting = questions.filter(
-        lambda row: len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
-        <= max_prompt_length
+        lambda row: (
+            len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
+            <= max_prompt_length
+        )
     )
     if len(fitting) == 0:
         raise UserError(
             f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens: raise --max_prompt_length."
         )
     if len(fitting) < len(questions):
-        print(f"{split}: dropped {len(questions) - len(fitting)} of {len(questions)} questions, longer than {max_prompt_length} tokens")
+        print(
+            f"{split}: dropped {len(questions) - len(fitting)} of {len(questions)} questions, longer than {max_prompt_length} tokens"
+        )
     return fitting
 
 

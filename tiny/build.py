@@ -211,7 +211,9 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -288,8 +290,10 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens, "
-          f"{sum(map(len, dataset['input_ids'])) / len(dataset):.0f} tokens a demonstration")
+    print(
+        f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens, "
+        f"{sum(map(len, dataset['input_ids'])) / len(dataset):.0f} tokens a demonstration"
+    )
 
     Trainer(
         model=model,
