@@ -35,8 +35,9 @@ import torch
 
 GPU = torch.cuda.is_available()
 if GPU:
-    # Read by unsloth and vLLM at import. FlashInfer compiles its kernels with nvcc while you wait: do without.
-    os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
+    # unsloth unrolls its loss into 4 chunks an answer and has torch.compile trace all of them: minutes before the first
+    # step, more for larger micro-batches, to save milliseconds afterwards. vLLM's own compilation stays on.
+    os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     if torch.cuda.get_device_capability() < (8, 0):  # T4, V100: no FlashAttention 2; XFORMERS fails at the first token
         os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -120,6 +121,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     """The recipe from `--config FILE` and flags, which win. Raises UserError for what is unknown or makes no sense."""
     parser = TrlParser(
         Recipe,
+        usage="python train_grpo.py [--config FILE] [--SETTING VALUE ...]",
         description=__doc__.split("\n")[0],
         epilog="--config FILE reads settings from a YAML file; flags win over it. Presets: recipes/*.yaml.",
         allow_abbrev=False,
@@ -136,6 +138,8 @@ def parse_recipe(argv: list[str]) -> Recipe:
         ) from error
     if unknown:
         names = [f.name for f in dataclasses.fields(Recipe)]
+        if not unknown[0].startswith("--"):
+            raise UserError(f"settings are given as --SETTING VALUE; {unknown[0]} is neither. --help lists them all.")
         name = unknown[0].lstrip("-").split("=")[0]
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown setting {unknown[0]}; the nearest is --{nearest}. --help lists them all.")
@@ -260,15 +264,24 @@ def memory_advice(recipe: Recipe) -> str:
     )
 
 
-def preflight(recipe: Recipe, config) -> None:
-    """Prints what will run on what, from the model's `config`. Raises UserError where it cannot run."""
+def check_machine(recipe: Recipe) -> None:
+    """Raises UserError where the recipe needs a GPU and there is none."""
+    if not GPU and (recipe.load_in_4bit or recipe.use_vllm):
+        raise UserError(
+            "no CUDA GPU was found, and 4-bit weights and vLLM need one. "
+            "On a machine without one: python train_grpo.py --config recipes/tiny.yaml"
+        )
+
+
+def preflight(recipe: Recipe) -> None:
+    """Prints what will run on what. Raises UserError where it cannot run."""
+    check_machine(recipe)
+    try:
+        config = AutoConfig.from_pretrained(recipe.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {recipe.model}: {str(error).splitlines()[0]}") from error
     parts = estimate_memory(config, recipe, recipe.vram_gib or 16.0)
     if not GPU:
-        if recipe.load_in_4bit or recipe.use_vllm:
-            raise UserError(
-                "no CUDA GPU was found, and 4-bit weights and vLLM need one. "
-                "On a machine without one: python train_grpo.py --config recipes/tiny.yaml"
-            )
         print(f"machine     {platform.machine()}, {torch.get_num_threads()} threads, no GPU")
         print("numbers     float32; transformers generates")
     else:
@@ -320,6 +333,7 @@ def preflight(recipe: Recipe, config) -> None:
 
 def load_base_model(recipe: Recipe):
     """The policy without a LoRA, and its tokenizer: through unsloth on a GPU, in float32 through transformers on a CPU."""
+    check_machine(recipe)
     if not GPU:
         return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32), AutoTokenizer.from_pretrained(
             recipe.model
@@ -502,13 +516,10 @@ def run(recipe: Recipe) -> None:
         raise UserError(f"there is no checkpoint in {out} to continue from: leave --resume out.")
 
     # Preflight: all that can be known before anything slow.
-    try:
-        preflight(recipe, AutoConfig.from_pretrained(recipe.model))
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {recipe.model}: {str(error).splitlines()[0]}") from error
+    preflight(recipe)
 
     # Data.
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     train_split, test_split = train_and_test_splits(recipe.dataset)
     train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length)
     test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length)
@@ -516,7 +527,7 @@ def run(recipe: Recipe) -> None:
     print(f"questions   {len(train)} to train on, {len(test)} held out")
 
     out.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(recipe)
+    settings = dataclasses.asdict(recipe) | {"resume": False}
     (out / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
     # Model.

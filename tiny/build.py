@@ -199,7 +199,7 @@ def write_questions(path: Path, rows: list) -> None:
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE like Qwen's, digit by digit, with 1,024 tokens and the ChatML template."""
+    """Byte-level BPE like Qwen's, digit by digit, with at most 2,048 tokens, and the ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -212,7 +212,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=2048, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -278,11 +278,11 @@ def main() -> None:
 
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        num_hidden_layers=5,
-        num_attention_heads=3,  # of 64 dimensions, a size that every attention kernel has
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,  # of 64 dimensions, a size that every attention kernel has
         num_key_value_heads=1,
-        intermediate_size=640,
+        intermediate_size=512,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
