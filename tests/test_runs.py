@@ -1,0 +1,211 @@
+"""The real scripts, run on the tiny model: what they write, what they say, and that the policy learns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import to_prompt
+from infer import generate
+from rewards import REWARD_FUNCS
+from train_grpo import Recipe, load_recipe
+
+TINY = ["train_grpo.py", "--config", "recipes/tiny.yaml"]
+SHORT = ["--prompts_per_step", "2", "--num_generations", "4", "--micro_batch_size", "4", "--eval_samples", "10"]
+EVALUATION = {"n", "strict", "strict_low", "strict_high", "lenient", "format", "truncated", "mean_length"}
+
+
+def run(*arguments, **options):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=900, **options
+    )
+
+
+def assert_user_error(result, *words):
+    """One line on stderr that begins with `error:`, status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), last
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "short"
+    result = run(*TINY, *SHORT, "--max_steps", 3, "--save_steps", 2, "--sample_steps", 2, "--output_dir", out)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout + result.stderr
+
+
+def test_everything_that_the_design_lists_is_written(short_run):
+    out, _ = short_run
+    written = {path.name for path in out.iterdir()}
+    assert {"adapter", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "reward_curve.png", "eval.json"} <= written
+    assert {"checkpoint-2", "checkpoint-3"} <= written
+    assert (out / "reward_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_said(short_run):
+    _, text = short_run
+    assert "2 prompts × 4 answers = 8 completions, in 2 micro-batches of 4" in text
+    assert "3 steps = 24 completions" in text
+    assert "questions   2000 to train on, 10 held out" in text
+    for step in (1, 2, 3):
+        assert f"step   {step}  reward " in text
+    assert text.count("question: ") == 1 and "expected: " in text  # one sample, at step 2
+    assert "before " in text and "after " in text
+
+
+def test_metrics(short_run):
+    out, _ = short_run
+    metrics = jsonl(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        parts = [line[f"rewards/{func.__name__}"] for func in REWARD_FUNCS]
+        assert line["reward"] == pytest.approx(sum(parts), abs=1e-5)
+        assert {
+            "frac_reward_zero_std",
+            "completions/mean_length",
+            "completions/clipped_ratio",
+            "seconds",
+            "gib",
+        } <= set(line)
+
+
+def test_samples_are_all_completions_with_their_rewards(short_run):
+    out, _ = short_run
+    samples = jsonl(out / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [1] * 8 + [2] * 8 + [3] * 8
+    for sample in samples:
+        for func in REWARD_FUNCS:
+            (reward,) = func(prompts=[], completions=[sample["completion"]], answer=[sample["answer"]])
+            assert sample[func.__name__] == reward
+    for line in jsonl(out / "metrics.jsonl"):
+        of_step = [s["correctness_reward_func"] for s in samples if s["step"] == line["step"]]
+        assert line["rewards/correctness_reward_func"] == pytest.approx(sum(of_step) / 8)
+
+
+def test_the_recipe_that_is_written_is_the_one_that_was_used(short_run):
+    out, _ = short_run
+    recipe = load_recipe(out / "recipe.yaml")
+    assert set(yaml.safe_load((out / "recipe.yaml").read_text())) == set(vars(Recipe()))
+    assert (recipe.max_steps, recipe.prompts_per_step, recipe.output_dir, recipe.model) == (3, 2, str(out), "tiny")
+
+
+def test_eval_json(short_run):
+    out, _ = short_run
+    evaluations = json.loads((out / "eval.json").read_text())
+    assert set(evaluations) == {"before", "after", "gpu", "seconds", "versions"}
+    assert set(evaluations["before"]) == set(evaluations["after"]) == EVALUATION
+    assert evaluations["before"]["n"] == 10
+    assert evaluations["versions"]["trl"] == "0.24.0"
+
+
+def test_the_adapter_loads_in_plain_peft_and_changes_the_policy(short_run):
+    out, _ = short_run
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.float32)
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        before = base(ids).logits
+        model = PeftModel.from_pretrained(base, out / "adapter")
+        after = model(ids).logits
+    assert all(weights.abs().max() > 0 for name, weights in model.named_parameters() if "lora_B" in name)
+    assert not torch.allclose(before, after)
+
+
+def test_infer_answers_and_measures_through_the_adapter(short_run, tmp_path):
+    out, _ = short_run
+    result = run("infer.py", "--adapter", out / "adapter", "小明有8个苹果，送给小红3个，又得到2个，现在有多少个苹果？")
+    assert result.returncode == 0, result.stderr
+    assert "<answer>" in result.stdout or "答案" in result.stdout
+    result = run(
+        "infer.py", "--adapter", out / "adapter", "--eval", "test", "--limit", 10, "--json", tmp_path / "e.json"
+    )
+    assert result.returncode == 0, result.stderr
+    # the same questions, prompt, parser and adapter as in the training script: the same figures
+    assert json.loads((tmp_path / "e.json").read_text()) == json.loads((out / "eval.json").read_text())["after"]
+
+
+def test_a_run_is_not_overwritten(short_run):
+    out, _ = short_run
+    before = (out / "metrics.jsonl").read_text()
+    assert_user_error(run(*TINY, *SHORT, "--output_dir", out), "already holds a run", "--resume", "--output_dir")
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_printed_command_continues(tmp_path):
+    out = tmp_path / "stopped"
+    command = [*TINY, *SHORT, "--max_steps", "40", "--output_dir", str(out)]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "step   2  reward" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    said.append(process.stdout.read())
+    assert process.wait(timeout=300) == 128 + signal.SIGINT, said
+    said = "".join(said)
+    done = jsonl(out / "metrics.jsonl")[-1]["step"]
+    assert done < 40 and (out / f"checkpoint-{done}").is_dir()
+    assert f"stopped after step {done}; the checkpoint is in {out}/checkpoint-{done}" in said
+    (hint,) = [line for line in said.splitlines() if line.startswith("continue with: python ")]
+    resumed = run(*hint.removeprefix("continue with: python ").split(), "--max_steps", done + 2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["step"] for line in jsonl(out / "metrics.jsonl")] == list(range(1, done + 3))
+
+
+def test_generation_does_not_depend_on_the_batch():
+    """Left padding must not change a greedy answer."""
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    model = AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.float32)
+    questions = [line["question_zh-cn"] for line in jsonl(Path("tiny/questions/test.jsonl"))[:6]]
+    prompts = [to_prompt(question) for question in questions]
+    together = generate(model, tokenizer, prompts, 64)
+    assert together == [generate(model, tokenizer, [prompt], 64)[0] for prompt in prompts]
+    assert not any(completion.truncated for completion in together)
+    assert all(completion.truncated and completion.length == 5 for completion in generate(model, tokenizer, prompts, 5))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+def test_without_a_gpu_the_defaults_say_what_to_run():
+    assert_user_error(run("train_grpo.py"), "no CUDA GPU", "--config recipes/tiny.yaml")
+    assert_user_error(run("infer.py", "1+1"), "no CUDA GPU")
+
+
+def test_bad_input_ends_in_one_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question_zh-cn": "1加1", "answer_only": "两个"}\n' * 20)
+    out = ["--output_dir", tmp_path / "out"]
+    assert_user_error(run(*TINY, "--max_stepz", 5), "--max_steps")
+    assert_user_error(run(*TINY, *out, "--dataset", tmp_path / "bad.jsonl"), "row 1", "not one number")
+    assert_user_error(run(*TINY, *out, "--model", tmp_path / "nowhere"), "cannot load the model")
+    assert_user_error(run(*TINY, *out, "--resume"), "no checkpoint")
+    assert_user_error(run("infer.py"), "either a question")
+    assert_user_error(run("infer.py", "--adapter", tmp_path, "1+1"), "no adapter")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_policy_learns(tmp_path):
+    """The README's first command: 25 points of strict accuracy at least, and intervals that do not overlap."""
+    result = run(*TINY, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    evaluations = json.loads((tmp_path / "out" / "eval.json").read_text())
+    before, after = evaluations["before"], evaluations["after"]
+    assert before["n"] == 300 and 0.25 < before["strict"] < 0.42
+    assert after["strict"] >= before["strict"] + 0.25
+    assert after["strict_low"] > before["strict_high"]

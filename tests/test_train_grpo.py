@@ -1,0 +1,182 @@
+"""train_grpo.py: its settings, its arithmetic, and the messages for what a user can get wrong.
+
+The runs themselves are in test_runs.py.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from trl import GRPOConfig
+
+from data import UserError
+from rewards import correctness_reward_func
+from train_grpo import Recipe, estimate_memory, load_recipe, memory_advice, parse_recipe, recording
+
+# Qwen2.5-7B's config.json
+QWEN_7B = SimpleNamespace(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+    tie_word_embeddings=False,
+)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_the_t4_recipe_spelled_out():
+    spelled_out = yaml.safe_load(Path("recipes/t4.yaml").read_text(encoding="utf-8"))
+    assert list(spelled_out) == [f.name for f in dataclasses.fields(Recipe)]
+    assert load_recipe("recipes/t4.yaml") == Recipe() == load_recipe()
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_a_recipe(path):
+    assert isinstance(load_recipe(path), Recipe)
+
+
+def test_the_article_recipe_has_the_articles_numbers():
+    article = load_recipe("recipes/article.yaml")
+    assert (article.learning_rate, article.adam_beta1, article.adam_beta2, article.weight_decay) == (
+        5e-6,
+        0.9,
+        0.99,
+        0.1,
+    )
+    assert (article.warmup_ratio, article.lr_scheduler, article.optim) == (0.1, "cosine", "paged_adamw_8bit")
+    assert (article.num_generations, article.max_completion_length, article.prompts_per_step) == (6, 200, 1)
+    assert (article.max_steps, article.max_grad_norm, article.lora_rank, article.seed) == (250, 0.1, 32, 3407)
+    assert article.max_prompt_length + article.max_completion_length == 1024
+    assert article.gpu_memory_utilization == 0.6
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("learning_rate: 1e-5\nmax_steps: 7\nuse_vllm: false\n")  # YAML reads 1e-5 as a string
+    for argv in (["--config", str(path), "--max_steps", "9"], ["--max_steps=9", f"--config={path}"]):
+        assert parse_recipe(argv) == Recipe(learning_rate=1e-5, max_steps=9, use_vllm=False)
+
+
+def test_a_written_recipe_reads_back_the_same(tmp_path):
+    recipe = parse_recipe(["--learning_rate", "3e-6", "--dataset", "我的/问题.jsonl", "--no_use_vllm"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), allow_unicode=True))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+BAD_FLAGS = [
+    (["--max_stepz", "5"], "unknown setting --max_stepz; the nearest is --max_steps."),
+    (["--max_step", "5"], "the nearest is --max_steps."),  # no silent abbreviation
+    (["--lr", "5"], "unknown setting --lr; the nearest is --"),
+    (["stray"], "stray is neither"),
+    (["--max_steps", "many"], "invalid int value: 'many'"),
+    (["--max_steps"], "expected one argument"),
+    (["--dtype", "fp8"], "choose from"),
+    (["--config", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+    (["--max_steps", "0"], "--max_steps 0 is too small: give 1 or more."),
+    (["--num_generations", "1"], "--num_generations 1 is too small: give 2 or more."),
+    (["--max_completion_length", "-5"], "--max_completion_length -5 is too small"),
+    (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0."),
+    (["--learning_rate", "nan"], "--learning_rate nan must be above 0."),
+    (["--temperature", "-1"], "--temperature -1.0 must be above 0."),
+    (["--gpu_memory_utilization", "60"], "must lie between 0 and 1"),
+    (["--micro_batch_size", "7"], "48 completions do not divide into micro-batches of 7: give --micro_batch_size 6."),
+]
+
+
+@pytest.mark.parametrize("argv, words", BAD_FLAGS, ids=[" ".join(argv) for argv, _ in BAD_FLAGS])
+def test_bad_flags(argv, words):
+    with pytest.raises(UserError) as error:
+        parse_recipe(argv)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+BAD_FILES = [
+    ("max_stepz: 5", "the nearest is --max_steps."),
+    ("max_steps: 2.5", "max_steps is 2.5: give a value of type int."),
+    ("max_steps: true", "max_steps is True: give a value of type int."),
+    ("max_steps: many", "invalid int value: 'many'"),
+    ("use_vllm: 2", "use_vllm is 2: give a value of type bool."),
+    ("- max_steps", "is not YAML of the form"),
+    ("max_steps: [", "is not YAML of the form"),
+    ("", "is not YAML of the form"),
+]
+
+
+@pytest.mark.parametrize("text, words", BAD_FILES, ids=[text for text, _ in BAD_FILES])
+def test_bad_files(tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_help_explains_every_setting():
+    text = subprocess.run(
+        [sys.executable, "train_grpo.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for f in dataclasses.fields(Recipe):
+        assert f"--{f.name}" in text and f.metadata["help"].split()[0] in text
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+def test_memory_of_the_7b_model():
+    parts = estimate_memory(QWEN_7B, Recipe(), card_gib=14.74)
+    lora_slots = 32 * 2.52e6 * 2 / 2**30  # rank 32, 16 bits
+    assert parts["weights"] + lora_slots == pytest.approx(5.36, abs=0.1)  # GiB, as vLLM loaded it with them
+    assert parts["weights"] + parts["KV cache"] + 0.7 == pytest.approx(0.6 * 14.74)
+    assert estimate_memory(QWEN_7B, Recipe(load_in_4bit=False), 80)["weights"] == pytest.approx(14.2, abs=0.1)
+
+
+def test_memory_of_the_kv_cache_without_vllm():
+    recipe = Recipe(
+        use_vllm=False, prompts_per_step=1, num_generations=2, max_prompt_length=256, max_completion_length=256
+    )
+    # 2 answers × 512 tokens × 56 KiB: keys and values of 28 layers, 4 heads of 128, 2 bytes
+    assert estimate_memory(QWEN_7B, recipe, 16)["KV cache"] * 2**30 == 2 * 512 * 56 * 1024
+
+
+def test_memory_grows_with_what_the_advice_lowers():
+    def total(**changes):
+        return sum(estimate_memory(QWEN_7B, dataclasses.replace(Recipe(), **changes), 14.74).values())
+
+    assert total(micro_batch_size=3) < total()
+    assert total(max_completion_length=192) < total()
+    assert total(lora_rank=8) < total()
+    advice = memory_advice(Recipe())
+    assert all(flag in advice for flag in ("--micro_batch_size 3", "--max_completion_length 192", "--lora_rank 8"))
+    parse_recipe(["--micro_batch_size", "3", "--max_completion_length", "192", "--lora_rank", "8"])
+
+
+# --- rewards on their way to TRL -----------------------------------------------------------------
+
+
+def test_a_recorded_reward_is_the_reward():
+    batch = {}
+    wrapped = recording(correctness_reward_func, batch)
+    completions = [[{"role": "assistant", "content": f"<answer>{n}</answer>"}] for n in (2, 3)]
+    prompts = [[{"role": "user", "content": "1+1"}]] * 2
+    assert wrapped(prompts=prompts, completions=completions, answer=["2", "2"], trainer_state=None) == [2.0, 0.0]
+    assert wrapped.__name__ == "correctness_reward_func"  # TRL logs it under this name
+    assert batch["correctness_reward_func"] == [2.0, 0.0] and batch["answers"] == ["2", "2"]
+
+
+def test_trl_knows_every_argument(tmp_path):
+    """The run compares the values; that the names exist in TRL 1.15 too was checked when they were chosen."""
+    source = Path("train_grpo.py").read_text(encoding="utf-8")
+    block = source[source.index("    arguments = {") : source.index("    config = GRPOConfig(")]
+    names = {line.split('"')[1] for line in block.splitlines() if line.startswith('        "')}
+    assert len(names) > 25
+    assert names <= {f.name for f in dataclasses.fields(GRPOConfig)}
