@@ -6,9 +6,11 @@ and gives a `datasets.Dataset` with the columns `prompt` (system and user messag
 
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 
 from rewards import label_number
+
+disable_progress_bars()  # a few thousand rows take a second
 
 HUB_ID = "swulling/gsm8k_chinese"  # 7,473 train and 1,319 test questions, MIT licence
 REVISION = "main"  # of HUB_ID; a commit of it goes here to pin the questions for good

@@ -232,24 +232,21 @@ def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> fl
     takes 8 ms at least, an optimiser step half a second.
     """
     device, dtype, n = ("cuda", compute_dtype(recipe), 4096) if GPU else ("cpu", torch.float32, 1024)
-    a, big = torch.rand(n, n, device=device, dtype=dtype), torch.empty(2**26, device=device)
+    a, b = torch.rand(n, n, device=device, dtype=dtype), torch.rand(2**25, device=device)
 
     def seconds(work) -> float:
-        work()  # warm up
-        if GPU:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(5):
-            work()
-        if GPU:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / 5
+        for repeats in (1, 5):  # the first round warms up
+            start = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            if GPU:
+                torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
 
     flops = 2 * n**3 / seconds(lambda: a @ a)
-    bandwidth = 2 * big.nbytes / seconds(big.clone)
-    tokens = (
-        recipe.prompts_per_step * recipe.num_generations * (recipe.max_prompt_length + recipe.max_completion_length) / 2
-    )
+    bandwidth = 2 * b.nbytes / seconds(b.clone)
+    sequence = (recipe.max_prompt_length + recipe.max_completion_length) / 2  # most are shorter than the limits
+    tokens = recipe.prompts_per_step * recipe.num_generations * sequence
     generation = recipe.max_completion_length * max(3 * weight_gib * GIB / bandwidth, 0.008)
     return recipe.max_steps * (generation + 3 * 6 * parameters * tokens / flops + 0.5) / 60
 
@@ -326,6 +323,8 @@ def preflight(recipe: Recipe) -> None:
         f"run         {recipe.max_steps} steps = {recipe.max_steps * completions:,} completions; "
         f"very roughly {estimate_minutes(parameters, parts['weights'], recipe):.0f} min"
     )
+    if GPU:
+        torch.cuda.empty_cache()  # give back what the estimate used
 
 
 # --- model -------------------------------------------------------------------------------------------
@@ -572,6 +571,7 @@ def run(recipe: Recipe) -> None:
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "gradient_checkpointing": GPU,
+        "dataloader_pin_memory": GPU,
         "logging_steps": 1,
         "save_steps": recipe.save_steps,
         "save_total_limit": 3,
