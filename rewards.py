@@ -28,7 +28,10 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 # Full-width ASCII (U+FF01 to U+FF5E) and the Unicode minus sign. Not NFKC: that would turn 5² into 52.
 _FOLD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}
+_TO_FOLD = re.compile("[！-～−]")
 
+# The stretches in which _NUMBER can match: skipping to them makes long texts ten times faster.
+_NUMERIC = re.compile(r"[-$¥￥€£.,0-9]+")
 # A sign, a currency sign, then 1,080 or 1080 or .5, with decimals. [0-9], because \d also matches Arabic digits.
 _NUMBER = re.compile(r"(-?)[$¥￥€£]?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
@@ -42,10 +45,15 @@ def extract_answer(text: str) -> str | None:
     return text[start : text.find("</answer>", start)]
 
 
+def _fold(text: str) -> str:
+    return text.translate(_FOLD) if _TO_FOLD.search(text) else text
+
+
 def _numbers(folded: str):
-    for match in _NUMBER.finditer(folded):
-        sign, digits = match.groups()
-        yield Decimal(sign + digits.replace(",", ""))
+    for stretch in _NUMERIC.finditer(folded):
+        for match in _NUMBER.finditer(stretch.group()):
+            sign, digits = match.groups()
+            yield Decimal(sign + digits.replace(",", ""))
 
 
 def parse_number(text: str) -> Decimal | None:
@@ -54,9 +62,9 @@ def parse_number(text: str) -> Decimal | None:
     None for `1080 或 1090`, `10 80` and `3/4`, which hold two, and for `5²` and `1½`, whose other digits or
     fractions are no part of an ASCII number.
     """
-    folded = text.translate(_FOLD)
+    folded = _fold(text)
     # isnumeric() is also true of 一 and 千, which are letters (Lo) and may stand in `1080 个一斤的苹果`.
-    if any(c.isnumeric() and not c.isascii() and unicodedata.category(c) != "Lo" for c in folded):
+    if any(c.isnumeric() and not c.isascii() and unicodedata.category(c) != "Lo" for c in set(folded)):
         return None
     numbers = _numbers(folded)
     first = next(numbers, None)
@@ -65,7 +73,7 @@ def parse_number(text: str) -> Decimal | None:
 
 def last_number(text: str) -> Decimal | None:
     """The last number anywhere in `text`, tags or not: the lenient reading that the evaluation reports."""
-    last = deque(_numbers(text.translate(_FOLD)), maxlen=1)
+    last = deque(_numbers(_fold(text)), maxlen=1)
     return last[0] if last else None
 
 
@@ -131,7 +139,7 @@ def correctness_reward_func(completions: list, answer: list, **kwargs) -> list[f
 
 def int_reward_func(completions: list, **kwargs) -> list[float]:
     """0.5 if the answer is an integer and nothing else (`-?[0-9]+`, folded and stripped), else 0.0."""
-    answers = ((extract_answer(text) or "").translate(_FOLD).strip() for text in _texts(completions))
+    answers = (_fold(extract_answer(text) or "").strip() for text in _texts(completions))
     return [0.5 if re.fullmatch(r"-?[0-9]+", answer) else 0.0 for answer in answers]
 
 

@@ -91,8 +91,8 @@ class Recipe:
     weight_decay: float = setting(0.0, "of AdamW; it would pull the LoRA back to the base model")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
 
-    loss_type: str = setting("dapo", "TRL's: dapo weighs every token of a step alike; grpo, dr_grpo, bnpo")
-    scale_rewards: str = setting("group", "advantages are divided by the standard deviation of: group, batch or none")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "dapo weighs every token of a step alike")
+    scale_rewards: Literal["group", "batch", "none"] = setting("group", "whose standard deviation divides advantages")
     beta: float = setting(0.0, "weight of the KL term against the base model; 0 leaves it out")
     epsilon: float = setting(0.2, "PPO clip range; idle as long as every answer is used once")
 
@@ -376,6 +376,60 @@ def attach_lora(model, recipe: Recipe):
     )
 
 
+def training_arguments(recipe: Recipe) -> GRPOConfig:
+    """TRL's settings. Every number that matters is here: TRL and unsloth have defaults of their own, and change them."""
+    dtype = compute_dtype(recipe)
+    arguments = {
+        "output_dir": recipe.output_dir,
+        "max_steps": recipe.max_steps,
+        # TRL counts completions, not prompts; all of a step's are generated in one go, then trained on in micro-batches
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.prompts_per_step * recipe.num_generations // recipe.micro_batch_size,
+        "num_generations": recipe.num_generations,
+        "num_iterations": 1,
+        "max_completion_length": recipe.max_completion_length,
+        "temperature": recipe.temperature,
+        "top_p": 1.0,
+        "use_vllm": recipe.use_vllm,
+        "vllm_mode": "colocate",
+        "vllm_importance_sampling_correction": False,  # one more forward pass, and vLLM computes with the same weights
+        "loss_type": recipe.loss_type,
+        "scale_rewards": recipe.scale_rewards,
+        "importance_sampling_level": "token",
+        "mask_truncated_completions": False,  # a cut-off answer earns little, and should
+        "beta": recipe.beta,
+        "epsilon": recipe.epsilon,
+        "epsilon_high": recipe.epsilon,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler,
+        "warmup_steps": round(recipe.warmup_ratio * recipe.max_steps),  # transformers 5 has no warmup_ratio
+        "optim": recipe.optim,
+        "adam_beta1": recipe.adam_beta1,
+        "adam_beta2": recipe.adam_beta2,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "gradient_checkpointing": GPU,
+        "dataloader_pin_memory": GPU,
+        "logging_steps": 1,
+        "save_steps": recipe.save_steps,
+        "save_total_limit": 3,
+        "seed": recipe.seed,
+    }
+    try:
+        config = GRPOConfig(**arguments, report_to=recipe.report_to)
+    except ValueError as error:  # a name that transformers does not know
+        raise UserError(" ".join(str(error).split())) from error
+    taken = {name: getattr(config, name, None) for name in arguments}
+    changed = {name: value for name, value in taken.items() if value != arguments[name]}
+    if changed:
+        raise UserError(
+            f"the installed trl or unsloth does not take these settings as given, but makes them {changed}."
+        )
+    return config
+
+
 # --- what the run writes while it goes ---------------------------------------------------------------
 
 
@@ -530,61 +584,13 @@ def run(recipe: Recipe) -> None:
     (out / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
     # Model.
+    config = training_arguments(recipe)
     model, tokenizer = load_base_model(recipe)
     model = attach_lora(model, recipe)
-    dtype = compute_dtype(recipe)
 
-    # Rewards.
+    # Rewards and trainer.
     batch = {}
     rewards = [recording(func, batch) for func in REWARD_FUNCS]
-
-    # Trainer. Every number that matters is here: TRL and unsloth each have defaults of their own, and change them.
-    arguments = {
-        "output_dir": str(out),
-        "max_steps": recipe.max_steps,
-        # TRL counts completions, not prompts; all of a step's are generated in one go, then trained on in micro-batches
-        "per_device_train_batch_size": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.prompts_per_step * recipe.num_generations // recipe.micro_batch_size,
-        "num_generations": recipe.num_generations,
-        "num_iterations": 1,
-        "max_completion_length": recipe.max_completion_length,
-        "temperature": recipe.temperature,
-        "top_p": 1.0,
-        "use_vllm": recipe.use_vllm,
-        "vllm_mode": "colocate",
-        "vllm_importance_sampling_correction": False,  # one more forward pass, and vLLM computes with the same weights
-        "loss_type": recipe.loss_type,
-        "scale_rewards": recipe.scale_rewards,
-        "importance_sampling_level": "token",
-        "mask_truncated_completions": False,  # a cut-off answer earns little, and should
-        "beta": recipe.beta,
-        "epsilon": recipe.epsilon,
-        "epsilon_high": recipe.epsilon,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.lr_scheduler,
-        "warmup_steps": round(recipe.warmup_ratio * recipe.max_steps),  # transformers 5 has no warmup_ratio
-        "optim": recipe.optim,
-        "adam_beta1": recipe.adam_beta1,
-        "adam_beta2": recipe.adam_beta2,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "gradient_checkpointing": GPU,
-        "dataloader_pin_memory": GPU,
-        "logging_steps": 1,
-        "save_steps": recipe.save_steps,
-        "save_total_limit": 3,
-        "seed": recipe.seed,
-    }
-    config = GRPOConfig(**arguments, report_to=recipe.report_to)
-    changed = {
-        name: getattr(config, name, None) for name, value in arguments.items() if getattr(config, name, None) != value
-    }
-    if changed:
-        raise UserError(
-            f"the installed trl or unsloth does not take these settings as given, but makes them {changed}."
-        )
     trainer = GRPOTrainer(
         model=model, reward_funcs=rewards, args=config, train_dataset=train, processing_class=tokenizer
     )
@@ -645,7 +651,9 @@ def main() -> None:
     recipe = parse_recipe(sys.argv[1:])
     try:
         run(recipe)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; unsloth wraps vLLM's into another
+        if "memory" not in str(error):
+            raise
         raise UserError(f"out of GPU memory: {memory_advice(recipe)}") from error
 
 
@@ -655,3 +663,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from data import UserError
 from rewards import correctness_reward_func
-from train_grpo import Recipe, estimate_memory, load_recipe, memory_advice, parse_recipe, recording
+from train_grpo import Recipe, estimate_memory, load_recipe, memory_advice, parse_recipe, recording, training_arguments
 
 # Qwen2.5-7B's config.json
 QWEN_7B = SimpleNamespace(
@@ -79,6 +79,7 @@ BAD_FLAGS = [
     (["--max_steps", "many"], "invalid int value: 'many'"),
     (["--max_steps"], "expected one argument"),
     (["--dtype", "fp8"], "choose from"),
+    (["--loss_type", "ppo"], "choose from"),
     (["--config", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
     (["--max_steps", "0"], "--max_steps 0 is too small: give 1 or more."),
     (["--num_generations", "1"], "--num_generations 1 is too small: give 2 or more."),
@@ -173,10 +174,29 @@ def test_a_recorded_reward_is_the_reward():
     assert batch["correctness_reward_func"] == [2.0, 0.0] and batch["answers"] == ["2", "2"]
 
 
-def test_trl_knows_every_argument(tmp_path):
+@pytest.mark.parametrize("name, value", [("optim", "adam9"), ("lr_scheduler", "wave")])
+def test_a_name_that_transformers_does_not_know(name, value):
+    with pytest.raises(UserError, match=value):
+        training_arguments(dataclasses.replace(load_recipe("recipes/tiny.yaml"), **{name: value}))
+
+
+def test_a_setting_that_the_library_changes_is_refused(monkeypatch):
+    """unsloth drops arguments that it does not know with no more than a printed line."""
+
+    class Forgetful(GRPOConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self.beta = 0.04
+
+    monkeypatch.setattr("train_grpo.GRPOConfig", Forgetful)
+    with pytest.raises(UserError, match="beta.*0.04"):
+        training_arguments(load_recipe("recipes/tiny.yaml"))
+
+
+def test_trl_knows_every_argument():
     """The run compares the values; that the names exist in TRL 1.15 too was checked when they were chosen."""
     source = Path("train_grpo.py").read_text(encoding="utf-8")
-    block = source[source.index("    arguments = {") : source.index("    config = GRPOConfig(")]
+    block = source[source.index("    arguments = {") : source.index("config = GRPOConfig(")]
     names = {line.split('"')[1] for line in block.splitlines() if line.startswith('        "')}
     assert len(names) > 25
     assert names <= {f.name for f in dataclasses.fields(GRPOConfig)}
