@@ -70,13 +70,13 @@ def load_questions(dataset: str, split: str, tokenizer, max_prompt_length: int) 
             raise UserError(
                 f"row {number} of {dataset} ({split}) has no question in {QUESTION_COLUMN}: remove the row."
             )
-        if row[ANSWER_COLUMN] is None or label_number(row[ANSWER_COLUMN]) is None:
+        if label_number(row[ANSWER_COLUMN]) is None:
             raise UserError(
                 f"row {number} of {dataset} ({split}) has {row[ANSWER_COLUMN]!r} in {ANSWER_COLUMN}, "
                 "which is not one number: correct the row or remove it."
             )
     questions = rows.map(
-        lambda row: {"prompt": to_prompt(row[QUESTION_COLUMN]), "answer": str(row[ANSWER_COLUMN])},
+        lambda row: {"prompt": to_prompt(row[QUESTION_COLUMN]), "answer": f"{label_number(row[ANSWER_COLUMN]):f}"},
         remove_columns=rows.column_names,
     )
     fitting = questions.filter(
@@ -111,7 +111,7 @@ def _load_rows(dataset: str, split: str) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # load_dataset raises a dozen types, of four libraries
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{error.__cause__ or error or type(error).__name__}".split())
         if path.exists():
             raise UserError(f"cannot load the split {split} of {dataset}: {reason}") from error
         raise UserError(

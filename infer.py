@@ -87,14 +87,15 @@ def evaluate(completions: list[Completion], labels: list) -> dict[str, float]:
     """
     n = len(completions)
     strict = sum(is_correct(c.text, label) for c, label in zip(completions, labels, strict=True))
+    found = [(last_number(c.text), label_number(label)) for c, label in zip(completions, labels, strict=True)]
+    lenient = sum(last is not None and last == label for last, label in found)
     interval = binomtest(strict, n).proportion_ci(0.95, method="wilson")
     return {
         "n": n,
         "strict": strict / n,
         "strict_low": float(interval.low),
         "strict_high": float(interval.high),
-        "lenient": sum(last_number(c.text) == label_number(label) for c, label in zip(completions, labels, strict=True))
-        / n,
+        "lenient": lenient / n,
         "format": sum(is_strict_format(c.text) for c in completions) / n,
         "truncated": sum(c.truncated for c in completions) / n,
         "mean_length": sum(c.length for c in completions) / n,
@@ -134,6 +135,13 @@ def main() -> None:
         raise UserError(
             'give either a question, python infer.py "…", or --eval with a split, python infer.py --eval test.'
         )
+    if args.question is not None and not args.question.strip():
+        raise UserError("the question is empty.")
+    for name, least in {"limit": 1, "max_new_tokens": 1, "temperature": 0}.items():
+        if getattr(args, name) is not None and not getattr(args, name) >= least:
+            raise UserError(f"--{name} {getattr(args, name)} is too small: give {least} or more.")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"there is no folder {args.json.parent} to write {args.json.name} into.")
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
         raise UserError(f"there is no adapter in {args.adapter}: give the folder that holds adapter_config.json.")
 

@@ -19,6 +19,7 @@ A perfect completion earns 4.0, with or without a newline at its end. Any string
 its length. This file imports nothing but the standard library: copy it into a notebook as it is.
 """
 
+import math
 import re
 import unicodedata
 from collections import deque
@@ -31,9 +32,11 @@ _FOLD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("
 _TO_FOLD = re.compile("[！-～−]")
 
 # The stretches in which _NUMBER can match: skipping to them makes long texts ten times faster.
-_NUMERIC = re.compile(r"[-$¥￥€£.,0-9]+")
+_NUMERIC = re.compile(r"[-负$¥￥€£.,0-9]+")
 # A sign, a currency sign, then 1,080 or 1080 or .5, with decimals. [0-9], because \d also matches Arabic digits.
-_NUMBER = re.compile(r"(-?)[$¥￥€£]?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+_NUMBER = re.compile(r"([-负]?)[$¥￥€£]?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+# 1万 is not 1; but 3千克 and 3千米 are 3.
+_MAGNITUDE = re.compile(r"[0-9]\s?(?:[十百万亿]|千(?![克米瓦]))")
 
 
 def extract_answer(text: str) -> str | None:
@@ -53,18 +56,20 @@ def _numbers(folded: str):
     for stretch in _NUMERIC.finditer(folded):
         for match in _NUMBER.finditer(stretch.group()):
             sign, digits = match.groups()
-            yield Decimal(sign + digits.replace(",", ""))
+            yield Decimal(("-" if sign else "") + digits.replace(",", ""))
 
 
 def parse_number(text: str) -> Decimal | None:
     """The number in `text` if there is exactly one: 1080 for `1,080`, `１０８０`, `$1,080` and `1080 个苹果`.
 
-    None for `1080 或 1090`, `10 80` and `3/4`, which hold two, and for `5²` and `1½`, whose other digits or
-    fractions are no part of an ASCII number.
+    None for `1080 或 1090`, `10 80` and `3/4`, which hold two, and for `5²`, `1½` and `1万`, which mean another
+    number than their ASCII digits.
     """
     folded = _fold(text)
     # isnumeric() is also true of 一 and 千, which are letters (Lo) and may stand in `1080 个一斤的苹果`.
     if any(c.isnumeric() and not c.isascii() and unicodedata.category(c) != "Lo" for c in set(folded)):
+        return None
+    if _MAGNITUDE.search(folded):
         return None
     numbers = _numbers(folded)
     first = next(numbers, None)
@@ -79,7 +84,11 @@ def last_number(text: str) -> Decimal | None:
 
 def label_number(label: int | float | str) -> Decimal | None:
     """The label as a number, None if it is not one. A string may be written like an answer (`1,080`)."""
-    return parse_number(label) if isinstance(label, str) else Decimal(str(label))
+    if isinstance(label, str):
+        return parse_number(label)
+    if not isinstance(label, int | float) or isinstance(label, bool) or not math.isfinite(label):
+        return None
+    return Decimal(str(label))
 
 
 def is_strict_format(text: str) -> bool:

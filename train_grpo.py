@@ -16,24 +16,28 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
 The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation.
 """
 
+import argparse
 import dataclasses
 import difflib
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import resource
+import shlex
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-GPU = torch.cuda.is_available()
+# requirements-cpu.txt leaves unsloth out: after it, a machine with a card runs as one without
+GPU = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
 if GPU:
     # unsloth unrolls its loss into 4 chunks an answer and has torch.compile trace all of them: minutes before the first
     # step, more for larger micro-batches, to save milliseconds afterwards. vLLM's own compilation stays on.
@@ -127,15 +131,17 @@ def parse_recipe(argv: list[str]) -> Recipe:
         allow_abbrev=False,
     )
     parser.error = fail
+    for action in parser._actions:  # --no_use_vllm and its like would repeat the help text of what they negate
+        if action.dest.startswith("no_") or any(name.startswith("--no_") for name in action.option_strings):
+            action.help = argparse.SUPPRESS
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     try:
         recipe, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except OSError as error:
         raise UserError(f"cannot read the recipe {error.filename}: {error.strerror}.") from error
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError(
-            f"{' '.join(argv)} is not YAML of the form `setting: value`: {error}".replace("\n", " ")
-        ) from error
+    except (yaml.YAMLError, TypeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{' '.join(argv)}: this is not a YAML file of `setting: value` lines ({reason}).") from error
     if unknown:
         names = [f.name for f in dataclasses.fields(Recipe)]
         if not unknown[0].startswith("--"):
@@ -151,22 +157,27 @@ def check_recipe(recipe: Recipe) -> None:
     """Raises UserError for values that cannot work, with the value that does."""
     for f in dataclasses.fields(Recipe):
         value = getattr(recipe, f.name)
-        if f.type is float and isinstance(value, int) and not isinstance(value, bool):
+        if f.type is float and type(value) is int:
             setattr(recipe, f.name, float(value))
         elif f.type in (int, float, str, bool) and type(value) is not f.type:
             raise UserError(f"{f.name} is {value!r}: give a value of type {f.type.__name__}.")
-    at_least = {"max_steps": 1, "prompts_per_step": 1, "num_generations": 2, "micro_batch_size": 1, "max_prompt_length": 1,
-                "max_completion_length": 1, "lora_rank": 1, "eval_samples": 1, "save_steps": 1, "sample_steps": 1}  # fmt: skip
-    for name, least in at_least.items():
-        if getattr(recipe, name) < least:
-            raise UserError(f"--{name} {getattr(recipe, name)} is too small: give {least} or more.")
+        elif get_args(f.type) and value not in get_args(f.type):
+            raise UserError(f"{f.name} is {value!r}: choose from {', '.join(get_args(f.type))}.")
+    least = dict.fromkeys(
+        ["max_steps", "prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "lora_rank"]
+        + ["eval_samples", "save_steps", "sample_steps"],
+        1,
+    )
+    least |= {"num_generations": 2, "beta": 0, "epsilon": 0, "weight_decay": 0, "vram_gib": 0, "seed": 0}
+    for name, low in least.items():
+        if not getattr(recipe, name) >= low:
+            raise UserError(f"--{name} {getattr(recipe, name)} is too small: give {low} or more.")
     for name in ("learning_rate", "temperature", "max_grad_norm"):
         if not getattr(recipe, name) > 0:
             raise UserError(f"--{name} {getattr(recipe, name)} must be above 0.")
-    if not 0 < recipe.gpu_memory_utilization < 1:
-        raise UserError(
-            f"--gpu_memory_utilization {recipe.gpu_memory_utilization} must lie between 0 and 1: it is a share."
-        )
+    for name in ("gpu_memory_utilization", "warmup_ratio", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise UserError(f"--{name} {getattr(recipe, name)} must lie between 0 and 1.")
     completions = recipe.prompts_per_step * recipe.num_generations
     if completions % recipe.micro_batch_size:
         divisor = max(d for d in range(1, recipe.micro_batch_size) if completions % d == 0)
@@ -252,21 +263,23 @@ def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> fl
 
 
 def memory_advice(recipe: Recipe) -> str:
-    """The three flags that save most, with values."""
+    """The flags that save most, with values: three, less those that are as low as they go."""
     completions = recipe.prompts_per_step * recipe.num_generations
-    micro = max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0)
-    return (
-        f"try --micro_batch_size {micro}, --max_completion_length {recipe.max_completion_length * 3 // 4} "
-        f"or --lora_rank {max(recipe.lora_rank // 2, 8)}."
-    )
+    lower = {
+        "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),
+        "max_completion_length": max(recipe.max_completion_length * 3 // 4, 64),
+        "lora_rank": 16 if recipe.lora_rank > 16 else 8,  # vLLM has kernels for 8, 16, 32, 64, ...
+    }
+    flags = [f"--{name} {value}" for name, value in lower.items() if value < getattr(recipe, name)]
+    return f"try {' or '.join(flags)}." if flags else "take a smaller --model."
 
 
 def check_machine(recipe: Recipe) -> None:
     """Raises UserError where the recipe needs a GPU and there is none."""
     if not GPU and (recipe.load_in_4bit or recipe.use_vllm):
         raise UserError(
-            "no CUDA GPU was found, and 4-bit weights and vLLM need one. "
-            "On a machine without one: python train_grpo.py --config recipes/tiny.yaml"
+            "no CUDA GPU was found, or unsloth is not installed (requirements.txt has it), and 4-bit weights and vLLM "
+            "need both. Without them: python train_grpo.py --config recipes/tiny.yaml"
         )
 
 
@@ -277,7 +290,9 @@ def preflight(recipe: Recipe) -> None:
         config = AutoConfig.from_pretrained(recipe.model)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {recipe.model}: {str(error).splitlines()[0]}") from error
-    parts = estimate_memory(config, recipe, recipe.vram_gib or 16.0)
+    free, total = (size / GIB for size in torch.cuda.mem_get_info()) if GPU else (0.0, 0.0)
+    card = min(recipe.vram_gib or total, total)
+    parts = estimate_memory(config, recipe, card)
     if not GPU:
         print(f"machine     {platform.machine()}, {torch.get_num_threads()} threads, no GPU")
         print("numbers     float32; transformers generates")
@@ -285,9 +300,6 @@ def preflight(recipe: Recipe) -> None:
         import pynvml
 
         pynvml.nvmlInit()
-        free, total = (size / GIB for size in torch.cuda.mem_get_info())
-        card = min(recipe.vram_gib or total, total)
-        parts = estimate_memory(config, recipe, card)
         needed, available = sum(parts.values()), min(free + CUDA_GIB, card)
         backend = os.environ.get("VLLM_ATTENTION_BACKEND", "chosen by vLLM")
         print(
@@ -317,7 +329,7 @@ def preflight(recipe: Recipe) -> None:
     )
     print(
         f"step        {recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions, "
-        f"in {completions // recipe.micro_batch_size} micro-batches of {recipe.micro_batch_size}"
+        f"in micro-batches of {recipe.micro_batch_size}"
     )
     print(
         f"run         {recipe.max_steps} steps = {recipe.max_steps * completions:,} completions; "
@@ -334,9 +346,11 @@ def load_base_model(recipe: Recipe):
     """The policy without a LoRA, and its tokenizer: through unsloth on a GPU, in float32 through transformers on a CPU."""
     check_machine(recipe)
     if not GPU:
-        return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32), AutoTokenizer.from_pretrained(
-            recipe.model
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+            return model, AutoTokenizer.from_pretrained(recipe.model)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"cannot load the model {recipe.model}: {str(error).splitlines()[0]}") from error
     share = recipe.gpu_memory_utilization
     if recipe.vram_gib:
         total = torch.cuda.mem_get_info()[1] / GIB
@@ -412,6 +426,7 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "fp16": dtype == torch.float16,
         "gradient_checkpointing": GPU,
         "dataloader_pin_memory": GPU,
+        "use_cpu": not GPU,
         "logging_steps": 1,
         "save_steps": recipe.save_steps,
         "save_total_limit": 3,
@@ -521,6 +536,7 @@ def append_json(path: Path, records: list[dict]) -> None:
 
 def draw_reward_curve(out: Path) -> None:
     """reward_curve.png from metrics.jsonl: the total and its five parts, each step pale, their running mean on top."""
+    os.environ["MPLBACKEND"] = "agg"  # Colab's own setting names a backend that is not installed here
     import pandas
     from matplotlib.figure import Figure
 
@@ -545,13 +561,8 @@ def draw_reward_curve(out: Path) -> None:
 
 def installed_versions() -> dict[str, str]:
     names = ["torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "vllm", "bitsandbytes"]
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass  # the GPU packages on a machine without a GPU
-    return versions
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {name: installed[name] for name in names if name in installed}
 
 
 # --- the run -----------------------------------------------------------------------------------------
@@ -560,31 +571,41 @@ def installed_versions() -> dict[str, str]:
 def run(recipe: Recipe) -> None:
     start = time.perf_counter()
     out = Path(recipe.output_dir)
-    if (out / "metrics.jsonl").exists() and not recipe.resume:
+    checkpoint = get_last_checkpoint(out) if out.is_dir() else None
+    if (checkpoint or (out / "adapter").exists()) and not recipe.resume:
         raise UserError(
             f"{out} already holds a run: continue it with --resume, or start another with --output_dir {out}-2."
         )
-    checkpoint = get_last_checkpoint(out) if recipe.resume and out.is_dir() else None
     if recipe.resume and not checkpoint:
         raise UserError(f"there is no checkpoint in {out} to continue from: leave --resume out.")
 
     # Preflight: all that can be known before anything slow.
     preflight(recipe)
+    config = training_arguments(recipe)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    except FileExistsError as error:
+        raise UserError(f"--output_dir {out} is a file: give a folder.") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"cannot write to {out} or load the tokenizer of {recipe.model}: {error}".split("\n")[0]
+        ) from error
 
     # Data.
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     train_split, test_split = train_and_test_splits(recipe.dataset)
     train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length)
     test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length)
     test = test.select(range(min(recipe.eval_samples, len(test))))
     print(f"questions   {len(train)} to train on, {len(test)} held out")
 
-    out.mkdir(parents=True, exist_ok=True)
+    if not recipe.resume:  # what a run left that ended before its first checkpoint
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (out / name).unlink(missing_ok=True)
     settings = dataclasses.asdict(recipe) | {"resume": False}
     (out / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
     # Model.
-    config = training_arguments(recipe)
     model, tokenizer = load_base_model(recipe)
     model = attach_lora(model, recipe)
 
@@ -626,13 +647,13 @@ def run(recipe: Recipe) -> None:
         signal.signal(signum, handler)
     if report.stop_signal:
         print(f"stopped after step {trainer.state.global_step}; the checkpoint is in {get_last_checkpoint(out)}")
-        print(f"continue with: python train_grpo.py --config {out / 'recipe.yaml'} --resume")
+        command = [sys.executable, "train_grpo.py", "--config", str(out / "recipe.yaml"), "--resume"]
+        print(f"continue with: {shlex.join(command)}")
         sys.exit(128 + report.stop_signal)
 
     # The adapter, and the evaluation through it as it was saved.
     trainer.model.save_pretrained(out / "adapter")
     tokenizer.save_pretrained(out / "adapter")
-    draw_reward_curve(out)
     evaluations |= {
         "after": measure(out / "adapter"),
         "gpu": torch.cuda.get_device_name() if GPU else None,
@@ -642,9 +663,8 @@ def run(recipe: Recipe) -> None:
     (out / "eval.json").write_text(json.dumps(evaluations, indent=2) + "\n", encoding="utf-8")
     print(f"\n{len(test)} held-out questions, greedy, same prompt and parser before and after:")
     print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
-    print(
-        f'\n{out}/adapter holds the LoRA. Ask it: python infer.py --adapter {out}/adapter "{test[0]["prompt"][-1]["content"]}"'
-    )
+    command = [sys.executable, "infer.py", "--adapter", str(out / "adapter"), test[0]["prompt"][-1]["content"]]
+    print(f"\nThe LoRA is in {out}/adapter. Ask it: {shlex.join(command)}")
 
 
 def main() -> None:
@@ -652,7 +672,7 @@ def main() -> None:
     try:
         run(recipe)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; unsloth wraps vLLM's into another
-        if "memory" not in str(error):
+        if "out of memory" not in str(error).lower() and "memory for the cache" not in str(error):
             raise
         raise UserError(f"out of GPU memory: {memory_advice(recipe)}") from error
 

@@ -66,7 +66,9 @@ def test_csv_and_parquet(tokenizer, tmp_path):
         assert load(str(tmp_path / name), tokenizer)["answer"][:] == ["2", "3"]
 
 
-@pytest.mark.parametrize("label, answer", [("1,080", "1,080"), (1080.5, "1080.5"), (-5, "-5")])
+@pytest.mark.parametrize(
+    "label, answer", [("1,080", "1080"), (1080.5, "1080.5"), (-5, "-5"), (1e16, "10000000000000000")]
+)
 def test_labels_of_any_type_become_strings(tokenizer, write, label, answer):
     assert load(write([GOOD | {"answer_only": label}]), tokenizer)[0]["answer"] == answer
 
@@ -84,6 +86,8 @@ BAD = [
     ([GOOD, GOOD | {"answer_only": "两个"}], ["row 2", "'两个'", "not one number"], "a label that is no number"),
     ([GOOD | {"answer_only": "1 或 2"}], ["row 1", "not one number"], "a label with two numbers"),
     ([GOOD, GOOD | {"answer_only": None}], ["row 2", "None"], "no label"),
+    ([GOOD | {"answer_only": True}], ["row 1", "True"], "a truth value"),
+    ([GOOD | {"answer_only": [2]}], ["row 1", "[2]"], "a list"),
     ([GOOD | {"question_zh-cn": "  "}], ["row 1", "no question"], "a blank question"),
     ([GOOD | {"question_zh-cn": "1" * 900}], ["512 tokens", "--max_prompt_length"], "only long questions"),
 ]

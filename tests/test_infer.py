@@ -42,6 +42,10 @@ def test_the_interval_is_wilsons(right, n, low, high):
     assert result["strict_high"] == pytest.approx(high, abs=1e-4)
 
 
+def test_nothing_is_right_without_a_number():
+    assert evaluate([Completion("没有数字", 4, False)], ["没有"])["lenient"] == 0.0
+
+
 def test_the_table_is_aligned():
     result = evaluate([Completion(PERFECT, 20, False)], ["2"])
     header, *rows = evaluation_table({"before": result, "after": result}).split("\n")

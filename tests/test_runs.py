@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def jsonl(path):
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "short"
+    out = tmp_path_factory.mktemp("two words") / "short"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("left by a run that ended before its first checkpoint\n")
     result = run(*TINY, *SHORT, "--max_steps", 3, "--save_steps", 2, "--sample_steps", 2, "--output_dir", out)
     assert result.returncode == 0, result.stderr
     return out, result.stdout + result.stderr
@@ -60,7 +63,7 @@ def test_everything_that_the_design_lists_is_written(short_run):
 
 def test_what_is_said(short_run):
     _, text = short_run
-    assert "2 prompts × 4 answers = 8 completions, in 2 micro-batches of 4" in text
+    assert "2 prompts × 4 answers = 8 completions, in micro-batches of 4" in text
     assert "3 steps = 24 completions" in text
     assert "questions   2000 to train on, 10 held out" in text
     for step in (1, 2, 3):
@@ -163,8 +166,10 @@ def test_ctrl_c_saves_a_checkpoint_and_the_printed_command_continues(tmp_path):
     done = jsonl(out / "metrics.jsonl")[-1]["step"]
     assert done < 40 and (out / f"checkpoint-{done}").is_dir()
     assert f"stopped after step {done}; the checkpoint is in {out}/checkpoint-{done}" in said
-    (hint,) = [line for line in said.splitlines() if line.startswith("continue with: python ")]
-    resumed = run(*hint.removeprefix("continue with: python ").split(), "--max_steps", done + 2)
+    (hint,) = [line for line in said.splitlines() if line.startswith("continue with: ")]
+    python, *command = shlex.split(hint.removeprefix("continue with: "))
+    assert python == sys.executable
+    resumed = run(*command, "--max_steps", done + 2)
     assert resumed.returncode == 0, resumed.stderr
     assert [line["step"] for line in jsonl(out / "metrics.jsonl")] == list(range(1, done + 3))
 
@@ -194,9 +199,11 @@ def test_bad_input_ends_in_one_line(tmp_path):
     assert_user_error(run(*TINY, *out, "--dataset", tmp_path / "bad.jsonl"), "row 1", "not one number")
     assert_user_error(run(*TINY, *out, "--model", tmp_path / "nowhere"), "cannot load the model")
     assert_user_error(run(*TINY, *out, "--resume"), "no checkpoint")
+    assert_user_error(run(*TINY, "--output_dir", tmp_path / "bad.jsonl"), "is a file")
     assert_user_error(run("infer.py"), "either a question")
     assert_user_error(run("infer.py", "--adapter", tmp_path, "1+1"), "no adapter")
-    assert not (tmp_path / "out").exists()
+    assert_user_error(run("infer.py", " "), "empty")
+    assert_user_error(run("infer.py", "--eval", "test", "--limit", 0), "--limit 0")
 
 
 @pytest.mark.slow

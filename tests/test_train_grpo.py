@@ -88,6 +88,9 @@ BAD_FLAGS = [
     (["--learning_rate", "nan"], "--learning_rate nan must be above 0."),
     (["--temperature", "-1"], "--temperature -1.0 must be above 0."),
     (["--gpu_memory_utilization", "60"], "must lie between 0 and 1"),
+    (["--warmup_ratio", "3"], "must lie between 0 and 1"),
+    (["--seed", "-1"], "--seed -1 is too small"),
+    (["--config"], "not a YAML file"),
     (["--micro_batch_size", "7"], "48 completions do not divide into micro-batches of 7: give --micro_batch_size 6."),
 ]
 
@@ -106,9 +109,11 @@ BAD_FILES = [
     ("max_steps: true", "max_steps is True: give a value of type int."),
     ("max_steps: many", "invalid int value: 'many'"),
     ("use_vllm: 2", "use_vllm is 2: give a value of type bool."),
-    ("- max_steps", "is not YAML of the form"),
-    ("max_steps: [", "is not YAML of the form"),
-    ("", "is not YAML of the form"),
+    ("loss_type: ppo", "loss_type is 'ppo': choose from grpo"),
+    ("dtype: fp8", "dtype is 'fp8': choose from auto"),
+    ("- max_steps", "not a YAML file of"),
+    ("max_steps: [", "not a YAML file of"),
+    ("", "not a YAML file of"),
 ]
 
 
@@ -158,7 +163,8 @@ def test_memory_grows_with_what_the_advice_lowers():
     assert total(lora_rank=8) < total()
     advice = memory_advice(Recipe())
     assert all(flag in advice for flag in ("--micro_batch_size 3", "--max_completion_length 192", "--lora_rank 8"))
-    parse_recipe(["--micro_batch_size", "3", "--max_completion_length", "192", "--lora_rank", "8"])
+    lowest = Recipe(micro_batch_size=1, max_completion_length=64, lora_rank=8)
+    assert memory_advice(lowest) == "take a smaller --model."
 
 
 # --- rewards on their way to TRL -----------------------------------------------------------------
