@@ -4,6 +4,8 @@
 and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and `answer` (str).
 """
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars, load_dataset
@@ -39,6 +41,17 @@ def fail(message: str) -> None:
     raise UserError(message)
 
 
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a UserError becomes one line on stderr and status 2, Ctrl-C status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def to_prompt(question: str) -> list[dict[str, str]]:
     """The messages that the policy sees for `question`: the same in training, in evaluation and in infer.py."""
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
@@ -53,8 +66,8 @@ def load_questions(dataset: str, split: str, tokenizer, max_prompt_length: int) 
     """The questions of `split` as a Dataset with `prompt` (list of messages) and `answer` (str).
 
     `dataset` is a hub id, a folder or a file; `split` is a split's name or a slice of one (`train[:90%]`).
-    Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: TRL no
-    longer cuts prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
+    Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: newer
+    TRL does not cut prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
     """
     rows = _load_rows(dataset, split)
     missing = [column for column in (QUESTION_COLUMN, ANSWER_COLUMN) if column not in rows.column_names]

@@ -12,14 +12,13 @@ adapter. vLLM through unsloth generates on a GPU, transformers elsewhere. train_
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from scipy.stats import binomtest
 
-from data import UserError, fail, load_questions, to_prompt, train_and_test_splits
+from data import UserError, fail, load_questions, run_script, to_prompt, train_and_test_splits
 from rewards import is_correct, is_strict_format, label_number, last_number
 
 
@@ -179,8 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

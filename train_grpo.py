@@ -53,7 +53,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Progre
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
-from data import HUB_ID, UserError, fail, load_questions, train_and_test_splits
+from data import HUB_ID, UserError, fail, load_questions, run_script, train_and_test_splits
 from infer import evaluate, evaluation_table, generate
 from rewards import REWARD_FUNCS
 
@@ -678,10 +678,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)
