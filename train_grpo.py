@@ -44,7 +44,6 @@ if GPU:
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     if torch.cuda.get_device_capability() < (8, 0):  # T4, V100: no FlashAttention 2; XFORMERS fails at the first token
         os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     from unsloth import FastLanguageModel  # before trl, transformers and peft, which it patches
 
 import yaml
@@ -351,6 +350,12 @@ def load_base_model(recipe: Recipe):
             return model, AutoTokenizer.from_pretrained(recipe.model)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"cannot load the model {recipe.model}: {str(error).splitlines()[0]}") from error
+    if recipe.use_vllm:
+        import vllm.envs
+
+        # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
+        # first start, for top-p and top-k sampling that training does not use.
+        vllm.envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"] = lambda: False
     share = recipe.gpu_memory_utilization
     if recipe.vram_gib:
         total = torch.cuda.mem_get_info()[1] / GIB
