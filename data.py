@@ -17,8 +17,11 @@ disable_progress_bars()  # a few thousand rows take a second
 HUB_ID = "swulling/gsm8k_chinese"  # 7,473 train and 1,319 test questions, MIT licence
 REVISION = "main"  # of HUB_ID; a commit of it goes here to pin the questions for good
 
-QUESTION_COLUMN = "question_zh-cn"  # the hub set's `question` is English
-ANSWER_COLUMN = "answer_only"  # int64 on the hub; its `answer` is the English worked solution
+# Accepted names, the first that is there: the hub set's, then MGSM's, then what people call their own. The hub set's
+# `question` is English and its `answer` the English worked solution, so these come after.
+QUESTION_COLUMNS = ["question_zh-cn", "question", "problem", "问题", "text"]  # text: a line of a .txt file
+ANSWER_COLUMNS = ["answer_only", "answer_number", "answer", "label", "答案"]
+QUESTION_COLUMN, ANSWER_COLUMN = QUESTION_COLUMNS[0], ANSWER_COLUMNS[0]
 
 # The form that rewards.py scores, newline by newline.
 SYSTEM_PROMPT = """请按照如下格式回答：
@@ -29,7 +32,7 @@ SYSTEM_PROMPT = """请按照如下格式回答：
 ...
 </answer>"""
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 class UserError(Exception):
@@ -52,9 +55,9 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def to_prompt(question: str) -> list[dict[str, str]]:
+def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT) -> list[dict[str, str]]:
     """The messages that the policy sees for `question`: the same in training, in evaluation and in infer.py."""
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
 
 
 def train_and_test_splits(dataset: str) -> tuple[str, str]:
@@ -62,34 +65,35 @@ def train_and_test_splits(dataset: str) -> tuple[str, str]:
     return ("train[:90%]", "train[90%:]") if Path(dataset).is_file() else ("train", "test")
 
 
-def load_questions(dataset: str, split: str, tokenizer, max_prompt_length: int) -> Dataset:
+def load_questions(
+    dataset: str, split: str, tokenizer, max_prompt_length: int, system_prompt: str = SYSTEM_PROMPT
+) -> Dataset:
     """The questions of `split` as a Dataset with `prompt` (list of messages) and `answer` (str).
 
     `dataset` is a hub id, a folder or a file; `split` is a split's name or a slice of one (`train[:90%]`).
     Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: newer
     TRL does not cut prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
     """
-    rows = _load_rows(dataset, split)
-    missing = [column for column in (QUESTION_COLUMN, ANSWER_COLUMN) if column not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"{dataset} has no column {' and no column '.join(missing)}: it has {', '.join(rows.column_names)}. "
-            f"Rename the column with the question to {QUESTION_COLUMN} and the one with the number to {ANSWER_COLUMN}."
-        )
+    rows = load_rows(dataset, split)
+    question_column = find_column(rows, QUESTION_COLUMNS, dataset)
+    answer_column = find_column(rows, ANSWER_COLUMNS, dataset)
     if len(rows) == 0:
         raise UserError(f"{dataset} has no rows in its split {split}: give a set with at least one question.")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row[QUESTION_COLUMN], str) or not row[QUESTION_COLUMN].strip():
+        if not isinstance(row[question_column], str) or not row[question_column].strip():
             raise UserError(
-                f"row {number} of {dataset} ({split}) has no question in {QUESTION_COLUMN}: remove the row."
+                f"row {number} of {dataset} ({split}) has no question in {question_column}: remove the row."
             )
-        if label_number(row[ANSWER_COLUMN]) is None:
+        if label_number(row[answer_column]) is None:
             raise UserError(
-                f"row {number} of {dataset} ({split}) has {row[ANSWER_COLUMN]!r} in {ANSWER_COLUMN}, "
+                f"row {number} of {dataset} ({split}) has {row[answer_column]!r} in {answer_column}, "
                 "which is not one number: correct the row or remove it."
             )
     questions = rows.map(
-        lambda row: {"prompt": to_prompt(row[QUESTION_COLUMN]), "answer": f"{label_number(row[ANSWER_COLUMN]):f}"},
+        lambda row: {
+            "prompt": to_prompt(row[question_column], system_prompt),
+            "answer": f"{label_number(row[answer_column]):f}",
+        },
         remove_columns=rows.column_names,
     )
     fitting = questions.filter(
@@ -109,7 +113,19 @@ def load_questions(dataset: str, split: str, tokenizer, max_prompt_length: int) 
     return fitting
 
 
-def _load_rows(dataset: str, split: str) -> Dataset:
+def find_column(rows: Dataset, names: list[str], dataset: str) -> str:
+    """The first of `names` that is a column of `rows`. Raises UserError where none is."""
+    for name in names:
+        if name in rows.column_names:
+            return name
+    raise UserError(
+        f"{dataset} has no column {' or '.join(names)}: it has {', '.join(rows.column_names)}. "
+        f"Rename the one that is meant to {names[0]}."
+    )
+
+
+def load_rows(dataset: str, split: str) -> Dataset:
+    """The rows of a hub id, folder or file as they are. Raises UserError where they cannot be loaded."""
     path = Path(dataset)
     try:
         if path.is_file():

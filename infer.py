@@ -1,25 +1,61 @@
-"""Ask the policy a question, or measure it on held-out ones.
+"""Ask the policy, talk to it, work through a file with it, measure it.
 
     python infer.py "小明有3个苹果，又买了5个，一共有几个？"
-    python infer.py --adapter outputs/adapter "…"                  the policy that train_grpo.py trained
-    python infer.py --adapter outputs/adapter --eval test          how many held-out questions it gets right
-    python infer.py --adapter outputs/adapter --eval test --limit 50 --json after.json
+    python infer.py --adapter outputs/adapter                      talk to the trained policy; Ctrl-D ends
+    python infer.py --adapter outputs/adapter --compare "…"        base model and adapter side by side
+    python infer.py --adapter outputs/adapter --samples 8 "…"      eight answers and what most of them say
+    python infer.py --adapter outputs/adapter --input questions.jsonl --output answers.jsonl
+    python infer.py --adapter outputs/adapter --eval test --limit 200 --json after.json
+    python infer.py --adapter outputs/adapter --merge outputs/merged
 
-With --adapter, the base model, the dataset and the lengths come from the recipe.yaml that training wrote beside the
-adapter. vLLM through unsloth generates on a GPU, transformers elsewhere. train_grpo.py measures with `generate` and
-`evaluate` below, before its first step and after its last, so that its figures and these are the same figures.
+With --adapter, the base model, the system prompt, the dataset and the lengths come from the recipe.yaml that training
+wrote beside the adapter. vLLM through unsloth generates on a GPU, transformers elsewhere. train_grpo.py measures with
+`generate` and `evaluate` below, before its first step and after its last, so its figures and these are the same.
 """
 
 import argparse
+import contextlib
 import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
 from scipy.stats import binomtest
+from tqdm import tqdm
+from transformers import AutoConfig, TextStreamer
 
-from data import UserError, fail, load_questions, run_script, to_prompt, train_and_test_splits
-from rewards import is_correct, is_strict_format, label_number, last_number
+from data import (
+    ANSWER_COLUMNS,
+    QUESTION_COLUMNS,
+    UserError,
+    fail,
+    find_column,
+    load_questions,
+    load_rows,
+    run_script,
+    to_prompt,
+    train_and_test_splits,
+)
+from rewards import (
+    REWARD_FUNCS,
+    extract_answer,
+    is_correct,
+    is_strict_format,
+    label_number,
+    last_number,
+    parse_number,
+)
+
+# --- generation --------------------------------------------------------------------------------------
 
 
 class Completion(NamedTuple):
@@ -28,77 +64,178 @@ class Completion(NamedTuple):
     truncated: bool  # ran into max_tokens without ending
 
 
+class _Echo(TextStreamer):
+    """transformers' streamer, which hands the text on instead of printing it."""
+
+    def __init__(self, tokenizer, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        self.on_text(text)
+
+
 def generate(
-    model, tokenizer, prompts: list, max_tokens: int, temperature: float = 0.0, adapter=None
+    model,
+    tokenizer,
+    prompts: list,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    adapter: Path | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Completion]:
     """One completion for each of `prompts` (lists of messages); temperature 0 decodes greedily.
 
-    A model that unsloth loaded with vLLM answers all prompts in one batch, through the LoRA in the folder `adapter`.
-    Any other model answers 64 at a time with its own weights (for a PEFT model, the adapter in it).
+    `adapter`: the folder of the LoRA to answer with, None for the base model. A model that unsloth loaded with vLLM
+    answers all prompts in one batch and reads the LoRA from the folder. Any other model answers 64 at a time; a PEFT
+    model has the LoRA in it already, and switches it off for the base model. `on_text` gets the text of a single prompt
+    piece by piece, as it is generated.
     """
     texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
     if hasattr(model, "vllm_engine"):
         from vllm import SamplingParams
 
-        outputs = model.fast_generate(
-            texts,
-            SamplingParams(temperature=temperature, max_tokens=max_tokens),
-            lora_request=model.load_lora(str(adapter)) if adapter else None,
-            use_tqdm=False,
-        )
+        sampling = [  # a seed each: equal prompts shall differ
+            SamplingParams(
+                temperature=temperature, top_p=top_p, seed=seed + i if temperature else None, max_tokens=max_tokens
+            )
+            for i in range(len(texts))
+        ]
+        lora = model.load_lora(str(adapter)) if adapter else None
+        if on_text:
+            outputs = [_stream_vllm(model.vllm_engine.llm_engine, texts[0], sampling[0], lora, on_text)]
+        else:
+            outputs = model.fast_generate(texts, sampling, lora_request=lora, use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]
         return [Completion(a.text, len(a.token_ids), a.finish_reason == "length") for a in answers]
 
     sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature
+        else {"do_sample": False, "temperature": None, "top_p": None}
     )
     was_training = model.training
     model.eval()
     completions = []
-    for start in range(0, len(texts), 64):
-        batch = tokenizer(texts[start : start + 64], return_tensors="pt", padding=True, padding_side="left")
-        with torch.inference_mode():
+    base = model.disable_adapter() if hasattr(model, "peft_config") and not adapter else contextlib.nullcontext()
+    with base, torch.inference_mode():
+        for start in range(0, len(texts), 64):
+            batch = tokenizer(texts[start : start + 64], return_tensors="pt", padding=True, padding_side="left")
+            if temperature:  # not in training, whose random state this would reset
+                torch.manual_seed(seed + start)
             # Explicit, because a checkpoint's own generation_config may ask for top-p or a repetition penalty.
             sequences = model.generate(
                 **batch.to(model.device),
                 **sampling,
-                top_p=None,
                 top_k=None,
                 repetition_penalty=1.0,
                 max_new_tokens=max_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                streamer=_Echo(tokenizer, on_text) if on_text else None,
             )
-        for ids in sequences[:, batch["input_ids"].shape[1] :].tolist():
-            ended = tokenizer.eos_token_id in ids
-            length = ids.index(tokenizer.eos_token_id) + 1 if ended else len(ids)
-            completions.append(Completion(tokenizer.decode(ids[:length], skip_special_tokens=True), length, not ended))
+            for ids in sequences[:, batch["input_ids"].shape[1] :].tolist():
+                ended = tokenizer.eos_token_id in ids
+                length = ids.index(tokenizer.eos_token_id) + 1 if ended else len(ids)
+                text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+                completions.append(Completion(text, length, not ended))
     model.train(was_training)
     return completions
 
 
-def evaluate(completions: list[Completion], labels: list) -> dict[str, float]:
-    """How good `completions` are, as shares from 0 to 1 of their number `n`.
+def _stream_vllm(engine, text: str, sampling, lora, on_text: Callable[[str], None]):
+    engine.add_request("ask", text, sampling, lora_request=lora)
+    shown = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            on_text(output.outputs[0].text[shown:])
+            shown = len(output.outputs[0].text)
+    return output
 
-    strict: the number inside <answer> is right, with its 95 % Wilson score interval (Wilson 1927) in strict_low and
-    strict_high. lenient: the last number anywhere is right. format: the whole completion is the form asked for.
-    truncated: it was cut off at the length limit. mean_length: tokens.
+
+# --- figures -----------------------------------------------------------------------------------------
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of successes/n (Wilson 1927)."""
+    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that at least one of k samples is right, from n ≥ k samples of which `right` are: 1 − C(n−right, k) / C(n, k).
+
+    The unbiased estimator of Chen et al. 2021, https://arxiv.org/abs/2107.03374, equation 1.
     """
-    n = len(completions)
-    strict = sum(is_correct(c.text, label) for c, label in zip(completions, labels, strict=True))
-    found = [(last_number(c.text), label_number(label)) for c, label in zip(completions, labels, strict=True)]
-    lenient = sum(last is not None and last == label for last, label in found)
-    interval = binomtest(strict, n).proportion_ci(0.95, method="wilson")
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(texts: list[str]) -> str | None:
+    """The answer that most of `texts` give, as first written; of equally frequent ones the first. None without any."""
+    answers = [answer for text in texts if (answer := extract_answer(text)) is not None]
+    votes = Counter(_vote(answer) for answer in answers)
+    if not votes:
+        return None
+    winner = votes.most_common(1)[0][0]
+    return next(answer.strip() for answer in answers if _vote(answer) == winner)
+
+
+def _vote(answer: str):
+    number = parse_number(answer)  # 72 and 72.0 vote for the same
+    return answer.strip() if number is None else number
+
+
+def mcnemar(before: list[bool], after: list[bool]) -> dict[str, float]:
+    """How two policies differ on the same questions, with the p-value of McNemar's exact test (McNemar 1947).
+
+    gained: right only after; lost: right only before. If neither policy were better, gained would be binomial with
+    probability 1/2 among the gained and lost together.
+    """
+    gained = sum(b < a for b, a in zip(before, after, strict=True))
+    lost = sum(b > a for b, a in zip(before, after, strict=True))
     return {
-        "n": n,
-        "strict": strict / n,
-        "strict_low": float(interval.low),
-        "strict_high": float(interval.high),
-        "lenient": lenient / n,
-        "format": sum(is_strict_format(c.text) for c in completions) / n,
-        "truncated": sum(c.truncated for c in completions) / n,
-        "mean_length": sum(c.length for c in completions) / n,
+        "gained": gained,
+        "lost": lost,
+        "p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
     }
+
+
+def evaluate(completions: list[Completion], labels: list, samples: int = 1) -> dict[str, float]:
+    """How good `completions` are: `samples` of them for each of the labels, one question's after another's.
+
+    Shares from 0 to 1, with 95 % Wilson intervals in …_low and …_high over the n questions. strict: the number inside
+    <answer> is right. lenient: the last number anywhere is right. format: the whole completion is the form asked for.
+    truncated: it was cut off at the length limit. mean_length: tokens. With several samples a question, these are means
+    over all of them (pass@1), the intervals are too wide rather than too narrow, and there are also pass@k for k = 1, 2,
+    4, … and maj@k: what most of the samples say is right.
+    """
+    n = len(labels)
+    repeated = [label for label in labels for _ in range(samples)]
+    strict = [is_correct(c.text, label) for c, label in zip(completions, repeated, strict=True)]
+    last = [last_number(c.text) for c in completions]
+    counts = {
+        "strict": sum(strict),
+        "lenient": sum(x is not None and x == label_number(label) for x, label in zip(last, repeated, strict=True)),
+        "format": sum(is_strict_format(c.text) for c in completions),
+        "truncated": sum(c.truncated for c in completions),
+    }
+    result = {"n": n}
+    for name, count in counts.items():
+        low, high = wilson(round(count / samples), n)
+        result |= {name: count / len(completions), f"{name}_low": low, f"{name}_high": high}
+    result["mean_length"] = sum(c.length for c in completions) / len(completions)
+    if samples > 1:
+        groups = [slice(i * samples, (i + 1) * samples) for i in range(n)]
+        ks = [k for k in (2**i for i in range(samples.bit_length())) if k < samples] + [samples]
+        for k in ks:
+            result[f"pass@{k}"] = sum(pass_at_k(samples, sum(strict[group]), k) for group in groups) / n
+        answers = [majority([c.text for c in completions[group]]) for group in groups]
+        right = sum(a is not None and parse_number(a) == label_number(x) for a, x in zip(answers, labels, strict=True))
+        low, high = wilson(right, n)
+        result |= {f"maj@{samples}": right / n, f"maj@{samples}_low": low, f"maj@{samples}_high": high}
+    return result
 
 
 def evaluation_table(evaluations: dict[str, dict]) -> str:
@@ -112,69 +249,400 @@ def evaluation_table(evaluations: dict[str, dict]) -> str:
             f"{name:8}{e['strict']:7.1%}  {interval:16}{e['lenient']:8.1%}{e['format']:8.1%}"
             f"{e['truncated']:11.1%}{e['mean_length']:13.1f}"
         )
+    for name, e in evaluations.items():
+        several = [f"{key} {e[key]:.1%}" for key in e if re.fullmatch(r"(pass|maj)@\d+", key)]
+        if several:
+            lines.append(f"{name:8}{'  '.join(several)}")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("question", nargs="?", help="the question to answer")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA that train_grpo.py saved; default: none")
-    parser.add_argument("--model", help="the base model; default: the adapter's, else train_grpo.py's")
-    parser.add_argument(
-        "--dataset", help="hub id, folder or file of --eval; default: the adapter's, else train_grpo.py's"
-    )
-    parser.add_argument("--eval", metavar="SPLIT", help="measure on this split, for example test, decoding greedily")
-    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N questions only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of --eval to FILE")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="default: the adapter's, else train_grpo.py's")
-    parser.add_argument("--temperature", type=float, default=0.0, help="for a question; default: %(default)s, greedy")
-    args = parser.parse_args()
-    if (args.question is None) == (args.eval is None):
+# --- reading, writing, showing -----------------------------------------------------------------------
+
+
+class Screen:
+    """Prints a completion while it arrives, with a heading in the place of each opening tag."""
+
+    def __init__(self):
+        self.waiting, self.fresh = "", True  # fresh: nothing stands on this line yet
+
+    def write(self, text: str, end: bool = False) -> None:
+        self.waiting += text
+        # white space, and what may become a tag, wait for what follows
+        cut = len(self.waiting) if end else re.search(r"\s*(<[/a-z]*)?$", self.waiting).start()
+        ready, self.waiting = self.waiting[:cut], self.waiting[cut:]
+        for part in re.split(r"\s*(</?(?:reasoning|answer)>)\s*", ready):
+            if re.fullmatch(r"</?(reasoning|answer)>", part):
+                heading = "" if part.startswith("</") else f"— {part.strip('<>')}\n"
+                print(("" if self.fresh else "\n") + heading, end="")
+                self.fresh = True
+            elif part := part.lstrip() if self.fresh else part:
+                print(part, end="", flush=True)
+                self.fresh = False
+        if end and not self.fresh:
+            print()
+
+
+def rewards_of(text: str, label) -> dict[str, float | None]:
+    """The five rewards of one completion, by function name; correctness is None where no answer is known."""
+    needs_label = {"correctness_reward_func"}
+    return {
+        f.__name__: None if label is None and f.__name__ in needs_label else f(completions=[text], answer=[label])[0]
+        for f in REWARD_FUNCS
+    }
+
+
+def to_record(index: int, question: str, label, completions: list[Completion], with_rewards: bool) -> dict:
+    """What one question's answers are written as, in --output."""
+    texts = [c.text for c in completions]
+    record = {"index": index, "question": question, "answer": majority(texts)}
+    if label is not None:
+        answer = record["answer"]
+        record |= {"expected": label, "correct": answer is not None and parse_number(answer) == label_number(label)}
+    record["completions"] = texts
+    if with_rewards:
+        record["rewards"] = [rewards_of(text, label) for text in texts]
+    return record
+
+
+def read_questions(file: str) -> tuple[list[str], list]:
+    """The questions of a JSONL, JSON, CSV, Parquet or text file, and their answers, None where it has no such column."""
+    if not Path(file).is_file():
+        raise UserError(f"there is no file {file}.")
+    rows = load_rows(file, "train")
+    questions = rows[find_column(rows, QUESTION_COLUMNS, file)][:]
+    labels = next((rows[name][:] for name in ANSWER_COLUMNS if name in rows.column_names), [None] * len(questions))
+    if file.endswith(".txt"):
+        questions = [question for question in questions if question.strip()]
+        labels = [None] * len(questions)
+    for number, (question, label) in enumerate(zip(questions, labels, strict=True), start=1):
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"question {number} of {file} is empty: remove it.")
+        if label is not None and label_number(label) is None:
+            raise UserError(
+                f"question {number} of {file} has the answer {label!r}, which is not one number: correct it."
+            )
+    if not questions:
+        raise UserError(f"there is no question in {file}.")
+    return questions, labels
+
+
+def resume_output(output: Path, questions: list[str], settings: dict) -> int:
+    """How many questions of an earlier, perhaps killed, run stand in `output`; a half-written last line is cut off."""
+    if not output.exists():
+        return 0
+    content = output.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        if not content[len(whole) :].startswith(b'{"index": '[: len(content) - len(whole)]):
+            raise ValueError
+        if not all(r["question"] == questions[r["index"]] and r["index"] == i for i, r in enumerate(records)):
+            raise ValueError
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{output} does not hold answers to these questions: give another --output.") from error
+    other = [name for name, value in settings.items() if records and records[0].get(name) != value]
+    if other:
         raise UserError(
-            'give either a question, python infer.py "…", or --eval with a split, python infer.py --eval test.'
+            f"{output} was begun with another {', '.join(other)} ({records[0].get(other[0])}): give another --output."
         )
+    if len(whole) < len(content):
+        with output.open("r+b") as file:
+            file.truncate(len(whole))
+    return len(records)
+
+
+def check_adapter(adapter: Path, model: str) -> None:
+    """Raises UserError where the LoRA in `adapter` does not fit `model`: other layers, other widths."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except Exception as error:  # safetensors and transformers raise their own types
+        raise UserError(
+            f"cannot read the adapter {adapter} or its base model {model}: {error}".split("\n")[0]
+        ) from error
+    layers = {int(found[1]) for name in shapes if (found := re.search(r"\.layers\.(\d+)\.", name))}
+    widths = {shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name}
+    if len(layers) != config.num_hidden_layers or widths - {config.hidden_size}:
+        raise UserError(
+            f"the adapter {adapter} was trained on another model: it has {len(layers)} layers of width "
+            f"{', '.join(map(str, sorted(widths)))}, {model} has {config.num_hidden_layers} of {config.hidden_size}."
+        )
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    add = parser.add_argument
+    add("question", nargs="?", help="the question; without one, questions are read from the terminal or a pipe")
+    add("--adapter", type=Path, metavar="DIR", help="a LoRA that train_grpo.py saved; default: none")
+    add("--model", help="the base model; default: the adapter's, else train_grpo.py's")
+    add("--compare", action="store_true", help="the base model beside the adapter, same prompt, same seed")
+    add("--samples", type=int, default=1, metavar="N", help="answers to each question, their tally and the majority")
+    add("--temperature", type=float, help="default: 0, greedy; with --samples, the one of the training")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    add("--max_new_tokens", type=int, metavar="N", help="default: the adapter's, else train_grpo.py's")
+    add("--seed", type=int, default=0, help="of sampling; default: %(default)s")
+    add("--show-prompt", action="store_true", help="print the exact prompt first")
+    add("--rewards", action="store_true", help="the five rewards of every answer")
+    add("--expected", metavar="NUMBER", help="the right answer to the question, for --rewards")
+    add("--input", metavar="FILE", help="questions: JSONL, JSON, CSV, Parquet, or text with one a line")
+    add("--output", type=Path, metavar="FILE.jsonl", help="where their answers go; a second run continues a killed one")
+    add("--eval", metavar="SPLIT_OR_FILE", help="measure on this split of the dataset (test), or on a file")
+    add("--dataset", help="hub id, folder or file of --eval; default: the adapter's, else train_grpo.py's")
+    add("--limit", type=int, metavar="N", help="the first N questions of --eval or --input only")
+    add("--json", type=Path, metavar="FILE", help="write the figures of --eval to FILE")
+    add("--merge", type=Path, metavar="DIR", help="write the base model with the adapter merged into it, 16-bit")
+    add("--gguf", type=Path, metavar="DIR", help="write the same as GGUF, with unsloth's converter")
+    args = parser.parse_args()
+
+    jobs = [name for name in ("question", "input", "eval", "merge", "gguf") if getattr(args, name) is not None]
+    if len(jobs) > 1:
+        raise UserError(f"{' and '.join(jobs)} cannot go together: give one of them.")
     if args.question is not None and not args.question.strip():
         raise UserError("the question is empty.")
-    for name, least in {"limit": 1, "max_new_tokens": 1, "temperature": 0}.items():
+    for name, least in {"limit": 1, "max_new_tokens": 1, "temperature": 0, "samples": 1, "seed": 0}.items():
         if getattr(args, name) is not None and not getattr(args, name) >= least:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give {least} or more.")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"there is no folder {args.json.parent} to write {args.json.name} into.")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p {args.top_p} must lie above 0 and not above 1.")
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError("--temperature 0 gives the same answer every time: leave it out, or --samples.")
+    if args.expected is not None and label_number(args.expected) is None:
+        raise UserError(f"--expected {args.expected} is not one number.")
+    if bool(args.input) != bool(args.output):
+        raise UserError("--input FILE and --output FILE.jsonl go together: give both.")
+    if (args.compare or args.merge or args.gguf) and not args.adapter:
+        raise UserError("--compare, --merge and --gguf need an --adapter.")
+    if args.compare and args.input:
+        raise UserError("--compare works with a question or --eval: run --input twice, with and without --adapter.")
+    for path in (args.json, args.output):
+        if path and not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent} to write {path.name} into.")
+        if path and not os.access(path if path.exists() else path.parent, os.W_OK) or path and path.is_dir():
+            raise UserError(f"cannot write to {path}: give a file in a folder that you may write to.")
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
         raise UserError(f"there is no adapter in {args.adapter}: give the folder that holds adapter_config.json.")
+    return args
 
+
+def main() -> None:
+    args = parse_arguments()
+    # Files are read before the model is loaded, which takes a minute or more on a GPU.
+    questions, labels = read_questions(args.input) if args.input else ([], [])
+    questions, labels = questions[: args.limit], labels[: args.limit]
     # On a GPU this imports unsloth, which wants to be first: so not at the top, where train_grpo.py imports this file.
-    from train_grpo import load_base_model, load_recipe
+    from train_grpo import GPU, load_base_model, load_recipe
 
-    recipe = load_recipe(args.adapter.parent / "recipe.yaml") if args.adapter else load_recipe()
+    recipe = load_recipe()
+    if args.adapter:
+        adapter_config = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        beside = args.adapter.parent / "recipe.yaml"
+        if beside.is_file():
+            recipe = load_recipe(beside)
+        else:
+            recipe.model = adapter_config["base_model_name_or_path"]
+        recipe.lora_rank = adapter_config["r"]
     recipe.model = args.model or recipe.model
+    if args.model and not GPU:  # the recipe's are for a GPU
+        recipe.load_in_4bit = recipe.use_vllm = False
     recipe.dataset = args.dataset or recipe.dataset
     recipe.max_completion_length = args.max_new_tokens or recipe.max_completion_length
-    model, tokenizer = load_base_model(recipe)
+    temperature = (
+        args.temperature if args.temperature is not None else (recipe.temperature if args.samples > 1 else 0.0)
+    )
+    settings = {
+        "model": recipe.model,
+        "adapter": str(args.adapter) if args.adapter else None,
+        "samples": args.samples,
+        "temperature": temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": recipe.max_completion_length,
+        "seed": args.seed,
+    }
+    done = resume_output(args.output, questions, settings) if args.input else 0
+    if args.adapter:
+        check_adapter(args.adapter, recipe.model)
+    if args.merge or args.gguf:
+        return export(args, recipe)
+
+    model, tokenizer = load_base_model(recipe, max_num_seqs=128)
     if args.adapter and not hasattr(model, "vllm_engine"):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, args.adapter)
+    policies = {"base": None} if args.compare or not args.adapter else {}
+    if args.adapter:
+        policies["adapter"] = args.adapter
+    context = recipe.max_prompt_length + recipe.max_completion_length
 
-    def answer(prompts: list, temperature: float) -> list[Completion]:
-        return generate(model, tokenizer, prompts, recipe.max_completion_length, temperature, args.adapter)
+    def check_length(prompt: list, name: str) -> None:
+        length = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        if length + recipe.max_completion_length > context:
+            raise UserError(
+                f"the prompt of {name} has {length} tokens, and {context} hold the prompt and {recipe.max_completion_length} "
+                "new tokens: shorten it."
+            )
 
-    if args.question is not None:
-        (completion,) = answer([to_prompt(args.question)], args.temperature)
-        print(completion.text)
-        return
+    def answer(prompts: list, adapter, first: int = 0, on_text=None) -> list[Completion]:
+        repeated = [prompt for prompt in prompts for _ in range(args.samples)]
+        seed = args.seed + first * args.samples
+        length = recipe.max_completion_length
+        return generate(model, tokenizer, repeated, length, temperature, args.top_p, seed, adapter, on_text)
 
-    train_split, test_split = train_and_test_splits(recipe.dataset)
-    split = {"train": train_split, "test": test_split}.get(args.eval, args.eval)
-    questions = load_questions(recipe.dataset, split, tokenizer, recipe.max_prompt_length)
-    if args.limit:
-        questions = questions.select(range(min(args.limit, len(questions))))
-    result = evaluate(answer(questions["prompt"][:], 0.0), questions["answer"][:])
-    print(f"{result['n']} questions of {recipe.dataset} ({args.eval}), greedy")
-    print(evaluation_table({"adapter" if args.adapter else "base": result}))
+    def ask(question: str) -> None:
+        prompt = to_prompt(question, recipe.system_prompt)
+        check_length(prompt, "the question")
+        if args.show_prompt:
+            print(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+        answers = {}
+        for name, adapter in policies.items():
+            if args.compare or args.samples > 1:
+                answers[name] = answer([prompt], adapter)
+            else:
+                screen = Screen()
+                answers[name] = answer([prompt], adapter, on_text=screen.write)
+                screen.write("", end=True)
+        if args.compare:
+            table = Table(*answers, show_lines=True)
+            for row in zip(*answers.values(), strict=True):
+                table.add_row(*(completion.text for completion in row))
+            Console(markup=False, highlight=False).print(table)
+        elif args.samples > 1:
+            for number, completion in enumerate(answers[name], start=1):
+                print(f"[{number}]")
+                Screen().write(completion.text, end=True)
+        for name, completions in answers.items():
+            texts = [completion.text for completion in completions]
+            if args.rewards:
+                for number, text in enumerate(texts, start=1):
+                    rewards = rewards_of(text, args.expected).items()
+                    parts = ", ".join(
+                        f"{key.removesuffix('_reward_func')} {'unknown' if value is None else value}"
+                        for key, value in rewards
+                    )
+                    print(f"{name} {number}: {parts}")
+            if args.samples > 1:
+                tally = Counter(majority([text]) or "no answer" for text in texts).most_common()
+                print(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts)}")
+        print(flush=True)
+
+    if args.eval:
+        return measure(args, recipe, tokenizer, policies, answer)
+    if args.input:
+        prompts = [to_prompt(question, recipe.system_prompt) for question in questions]
+        for number, prompt in enumerate(prompts, start=1):
+            check_length(prompt, f"question {number} of {args.input}")
+        batch = 512 // args.samples or 1 if GPU else 64 // args.samples or 1
+        with args.output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="") as bar:
+            for start in range(done, len(prompts), batch):
+                completions = answer(prompts[start : start + batch], args.adapter, first=start)
+                for i, question in enumerate(questions[start : start + batch]):
+                    group = completions[i * args.samples : (i + 1) * args.samples]
+                    record = to_record(start + i, question, labels[start + i], group, args.rewards) | settings
+                    file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(prompts[start : start + batch]))
+    elif args.question is not None:
+        ask(args.question)
+    elif sys.stdin.isatty():
+        import readline  # noqa: F401  line editing and history in input()
+
+        print("Ask in Chinese. Ctrl-D ends.")
+        with contextlib.suppress(EOFError):
+            while True:
+                if question := input("> ").strip():
+                    try:
+                        ask(question)
+                    except UserError as error:  # too long: the talk goes on
+                        print(f"error: {error}", file=sys.stderr)
+        print()
+    else:
+        for line in sys.stdin:
+            if line.strip():
+                print(line.strip())
+                ask(line.strip())
+
+
+def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
+    """--eval: prints the figures of each policy, and writes them to --json."""
+    if Path(args.eval).is_file():
+        dataset, split = args.eval, "train"
+    else:
+        dataset = recipe.dataset
+        train_split, test_split = train_and_test_splits(dataset)
+        split = {"train": train_split, "test": test_split}.get(args.eval, args.eval)
+    questions = load_questions(dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    questions = questions.select(range(min(args.limit or len(questions), len(questions))))
+    labels = questions["answer"][:]
+    results, right = {}, {}
+    for name, adapter in policies.items():
+        completions = answer(questions["prompt"][:], adapter)
+        results[name] = evaluate(completions, labels, args.samples)
+        groups = [completions[i * args.samples : (i + 1) * args.samples] for i in range(len(labels))]
+        records = [
+            to_record(i, prompt[-1]["content"], label, group, args.rewards)
+            for i, (prompt, label, group) in enumerate(zip(questions["prompt"], labels, groups, strict=True))
+        ]
+        right[name] = [record["correct"] for record in records]
+        if args.rewards:
+            every = [rewards for record in records for rewards in record["rewards"]]
+            results[name]["rewards"] = {key: sum(r[key] for r in every) / len(every) for key in every[0]}
+    how = f"{args.samples} samples each" if args.samples > 1 else "one answer each"
+    print(f"{len(labels)} questions of {dataset} ({args.eval}), {how}")
+    print(evaluation_table(results))
+    for name, result in results.items():
+        if args.rewards:
+            print(f"{name:8}" + "  ".join(f"{key} {value:.3f}" for key, value in result["rewards"].items()))
+    if args.compare:
+        test = mcnemar(right["base"], right["adapter"])
+        print(
+            f"only the adapter is right: {test['gained']} questions, only the base: {test['lost']}; "
+            f"McNemar's exact test p = {test['p']:.2g}"
+        )
+        results |= {"mcnemar": test}
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        figures = results if args.compare else next(iter(results.values()))
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def export(args, recipe) -> None:
+    """--merge and --gguf: the base model with the adapter merged into it."""
+    from train_grpo import GPU, load_base_model
+
+    out = args.merge or args.gguf
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: give a new folder.")
+    if args.gguf and not GPU:
+        raise UserError(
+            "GGUF is written by unsloth's converter, which needs unsloth and a CUDA GPU: "
+            "use --merge DIR, then llama.cpp's convert_hf_to_gguf.py DIR."
+        )
+    if GPU:
+        from unsloth import FastLanguageModel
+
+        model, tokenizer = FastLanguageModel.from_pretrained(str(args.adapter), load_in_4bit=recipe.load_in_4bit)
+        try:
+            if args.gguf:
+                model.save_pretrained_gguf(str(out), tokenizer, quantization_method="q8_0")
+            else:
+                model.save_pretrained_merged(str(out), tokenizer, save_method="merged_16bit")
+        except (OSError, RuntimeError, ImportError) as error:
+            raise UserError(f"unsloth could not write {out}: {' '.join(str(error).split())}") from error
+    else:
+        from peft import PeftModel
+
+        model, tokenizer = load_base_model(recipe, max_num_seqs=1)
+        model = PeftModel.from_pretrained(model, args.adapter).merge_and_unload().to(torch.bfloat16)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    print(f"The merged model is in {out}.")
 
 
 if __name__ == "__main__":

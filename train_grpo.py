@@ -52,9 +52,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Progre
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
-from data import HUB_ID, UserError, fail, load_questions, run_script, train_and_test_splits
+from data import HUB_ID, SYSTEM_PROMPT, UserError, fail, load_questions, run_script, train_and_test_splits
 from infer import evaluate, evaluation_table, generate
 from rewards import REWARD_FUNCS
+
+# recipe.yaml shows the system prompt line by line
+yaml.SafeDumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 GIB = 2**30
 CUDA_GIB = 0.6  # the CUDA context and library workspaces, outside PyTorch's allocator
@@ -74,6 +80,7 @@ class Recipe:
 
     model: str = setting("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "the policy to start from: a hub id or a folder")
     dataset: str = setting(HUB_ID, "the questions: a hub id, a folder, or a JSONL, CSV or Parquet file")
+    system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
     output_dir: str = setting("outputs", "where everything that the run writes goes")
     resume: bool = setting(False, "continue from the newest checkpoint in output_dir")
 
@@ -341,8 +348,11 @@ def preflight(recipe: Recipe) -> None:
 # --- model -------------------------------------------------------------------------------------------
 
 
-def load_base_model(recipe: Recipe):
-    """The policy without a LoRA, and its tokenizer: through unsloth on a GPU, in float32 through transformers on a CPU."""
+def load_base_model(recipe: Recipe, max_num_seqs: int):
+    """The policy without a LoRA, and its tokenizer: through unsloth on a GPU, in float32 through transformers on a CPU.
+
+    `max_num_seqs`: how many completions vLLM generates at once.
+    """
     check_machine(recipe)
     if not GPU:
         try:
@@ -365,8 +375,7 @@ def load_base_model(recipe: Recipe):
         "fast_inference": True,
         "gpu_memory_utilization": share,
         "max_lora_rank": recipe.lora_rank,
-        # all completions of a step in one batch; unsloth would take 16 on a T4
-        "max_num_seqs": recipe.prompts_per_step * recipe.num_generations,
+        "max_num_seqs": max_num_seqs,  # unsloth would take 16 on a T4
     }
     return FastLanguageModel.from_pretrained(
         recipe.model,
@@ -599,8 +608,8 @@ def run(recipe: Recipe) -> None:
 
     # Data.
     train_split, test_split = train_and_test_splits(recipe.dataset)
-    train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length)
-    test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length)
+    train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     test = test.select(range(min(recipe.eval_samples, len(test))))
     print(f"questions   {len(train)} to train on, {len(test)} held out")
 
@@ -611,7 +620,7 @@ def run(recipe: Recipe) -> None:
     (out / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
     # Model.
-    model, tokenizer = load_base_model(recipe)
+    model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
     model = attach_lora(model, recipe)
 
     # Rewards and trainer.

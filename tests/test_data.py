@@ -79,10 +79,34 @@ def test_long_prompts_are_dropped_and_counted(tokenizer, write, capsys):
     assert "dropped 1 of 2 questions" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "1加1", "answer": "2", "answer_number": 2},  # MGSM
+        {"problem": "1加1", "label": 2},
+        {"问题": "1加1", "答案": "2"},
+        {
+            "question": "one and one",
+            "question_zh-cn": "1加1",
+            "answer": "1 + 1 = 2 #### 2",
+            "answer_only": 2,
+        },  # the hub set
+    ],
+)
+def test_accepted_columns(tokenizer, write, row):
+    question = load(write([row]), tokenizer)[0]
+    assert question["prompt"][-1]["content"] == "1加1" and question["answer"] == "2"
+
+
+def test_the_system_prompt_is_the_one_asked_for(tokenizer, write):
+    (question,) = load_questions(write([GOOD]), "train", tokenizer, 256, "答：")
+    assert question["prompt"][0] == {"role": "system", "content": "答："}
+
+
 BAD = [
-    ([{"问题": "1加1", "answer_only": 2}], ["question_zh-cn", "问题, answer_only", "Rename"], "no question column"),
+    ([{"题": "1加1", "answer_only": 2}], ["question_zh-cn", "题, answer_only", "Rename"], "no question column"),
     ([{"question_zh-cn": "1加1"}], ["answer_only", "Rename"], "no answer column"),
-    ([{"a": 1}], ["no column question_zh-cn and no column answer_only"], "neither column"),
+    ([{"a": 1}], ["no column question_zh-cn or", "it has a."], "neither column"),
     ([GOOD, GOOD | {"answer_only": "两个"}], ["row 2", "'两个'", "not one number"], "a label that is no number"),
     ([GOOD | {"answer_only": "1 或 2"}], ["row 1", "not one number"], "a label with two numbers"),
     ([GOOD, GOOD | {"answer_only": None}], ["row 2", "None"], "no label"),
@@ -106,13 +130,15 @@ def test_bad_files(tokenizer, write, tmp_path):
     (tmp_path / "broken.jsonl").write_text("not json\n")
     (tmp_path / "empty.csv").write_text("question_zh-cn,answer_only\n")
     (tmp_path / "text.txt").write_text("1加1")
+    (tmp_path / "text.doc").write_text("1加1")
     (tmp_path / "folder").mkdir()
     write([GOOD], "folder/train.jsonl")
     for dataset, split, words in [
         (str(tmp_path / "missing.jsonl"), "train", ["there is no file or folder", "missing.jsonl"]),
         (str(tmp_path / "broken.jsonl"), "train", ["cannot load", "broken.jsonl"]),
         (str(tmp_path / "empty.csv"), "train", ["cannot load", "no data"]),
-        (str(tmp_path / "text.txt"), "train", ["cannot read", ".jsonl"]),
+        (str(tmp_path / "text.txt"), "train", ["no column answer_only"]),
+        (str(tmp_path / "text.doc"), "train", ["cannot read", ".jsonl"]),
         (str(tmp_path / "folder"), "test", ["cannot load the split test"]),
     ]:
         with pytest.raises(UserError) as error:

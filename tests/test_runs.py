@@ -112,7 +112,7 @@ def test_eval_json(short_run):
     out, _ = short_run
     evaluations = json.loads((out / "eval.json").read_text())
     assert set(evaluations) == {"before", "after", "gpu", "seconds", "versions"}
-    assert set(evaluations["before"]) == set(evaluations["after"]) == EVALUATION
+    assert set(evaluations["before"]) == set(evaluations["after"]) > EVALUATION
     assert evaluations["before"]["n"] == 10
     assert evaluations["versions"]["trl"] == "0.24.0"
 
@@ -134,7 +134,7 @@ def test_infer_answers_and_measures_through_the_adapter(short_run, tmp_path):
     out, _ = short_run
     result = run("infer.py", "--adapter", out / "adapter", "小明有8个苹果，送给小红3个，又得到2个，现在有多少个苹果？")
     assert result.returncode == 0, result.stderr
-    assert "<answer>" in result.stdout or "答案" in result.stdout
+    assert "— answer" in result.stdout or "答案" in result.stdout
     result = run(
         "infer.py", "--adapter", out / "adapter", "--eval", "test", "--limit", 10, "--json", tmp_path / "e.json"
     )
@@ -200,10 +200,7 @@ def test_bad_input_ends_in_one_line(tmp_path):
     assert_user_error(run(*TINY, *out, "--model", tmp_path / "nowhere"), "cannot load the model")
     assert_user_error(run(*TINY, *out, "--resume"), "no checkpoint")
     assert_user_error(run(*TINY, "--output_dir", tmp_path / "bad.jsonl"), "is a file")
-    assert_user_error(run("infer.py"), "either a question")
     assert_user_error(run("infer.py", "--adapter", tmp_path, "1+1"), "no adapter")
-    assert_user_error(run("infer.py", " "), "empty")
-    assert_user_error(run("infer.py", "--eval", "test", "--limit", 0), "--limit 0")
 
 
 @pytest.mark.slow

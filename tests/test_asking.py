@@ -1,0 +1,208 @@
+"""infer.py as a command, on the tiny model with an adapter that changes what it says."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from data import UserError, to_prompt
+from infer import check_adapter, generate, main
+from train_grpo import attach_lora, load_recipe
+
+QUESTION = "乐乐每小时折11只纸鹤，小刚每小时折20只，两人一起折3小时，共折多少只？"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    recipe = load_recipe("recipes/tiny.yaml")
+    model = attach_lora(AutoModelForCausalLM.from_pretrained("tiny"), recipe)
+    torch.manual_seed(0)
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.05)
+    model.save_pretrained(out / "adapter")
+    (out / "recipe.yaml").write_text(open("recipes/tiny.yaml").read())
+    return out / "adapter"
+
+
+@pytest.fixture
+def infer(monkeypatch, capsys):
+    """infer.py's main, in this process: what it printed. Errors are raised."""
+
+    def call(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", stdin)
+        main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def questions_file(path, n):
+    rows = jsonl(path.__class__("tiny/questions/test.jsonl"))[:n]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return [row["question_zh-cn"] for row in rows]
+
+
+def test_base_and_adapter_differ_and_compare_shows_both(infer, adapter):
+    base = infer("--model", "tiny", QUESTION)
+    trained = infer("--adapter", adapter, QUESTION)
+    assert base.startswith("— reasoning\n") and "— answer\n" in base
+    assert base != trained
+    both = infer("--adapter", adapter, "--compare", QUESTION)
+    assert "base" in both and "adapter" in both
+    for line in base.replace("— reasoning", "").replace("— answer", "").split():
+        assert line in both
+
+
+def test_what_is_streamed_is_what_is_generated():
+    tokenizer, model = AutoTokenizer.from_pretrained("tiny"), AutoModelForCausalLM.from_pretrained("tiny")
+    pieces = []
+    (completion,) = generate(model, tokenizer, [to_prompt(QUESTION)], 96, on_text=pieces.append)
+    assert "".join(pieces) == completion.text and len([piece for piece in pieces if piece]) > 5
+
+
+def test_samples_tally_majority_and_rewards(infer, adapter):
+    arguments = ["--adapter", adapter, "--samples", 4, "--seed", 5, "--rewards", "--expected", 93, QUESTION]
+    text = infer(*arguments)
+    assert [f"[{i}]" in text for i in range(1, 6)] == [True] * 4 + [False]
+    assert "majority" in text and text.count("correctness ") == 4
+    assert text == infer(*arguments)
+    arguments[5] = 6
+    assert text != infer(*arguments)
+
+
+def test_show_prompt_and_lengths(infer, adapter):
+    text = infer("--adapter", adapter, "--show-prompt", "--max_new_tokens", 3, QUESTION)
+    assert text.startswith("<|im_start|>system\n请按照如下格式回答") and f"user\n{QUESTION}<|im_end|>" in text
+
+
+def test_the_system_prompt_is_the_recipes(infer, adapter, tmp_path):
+    (tmp_path / "adapter").symlink_to(adapter)
+    (tmp_path / "recipe.yaml").write_text("model: tiny\nload_in_4bit: false\nuse_vllm: false\nsystem_prompt: 答：\n")
+    assert "system\n答：<|im_end|>" in infer("--adapter", tmp_path / "adapter", "--show-prompt", QUESTION)
+
+
+def test_a_pipe_is_read_line_by_line():
+    command = [sys.executable, "infer.py", "--model", "tiny"]
+    result = subprocess.run(command, input=f"{QUESTION}\n\n1加1\n", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(QUESTION + "\n") and "\n1加1\n" in result.stdout
+
+
+def test_a_terminal_is_a_conversation():
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "infer.py", "--model", "tiny"], stdin=other_end, stdout=subprocess.PIPE, text=True
+    )
+    os.write(terminal, f"{QUESTION}\n".encode() + ("1" * 900 + "\n").encode() + b"\x04")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "Ctrl-D ends" in said and "— answer" in said
+
+
+def test_a_file_is_worked_through(infer, adapter, tmp_path):
+    questions = questions_file(tmp_path / "in.jsonl", 6)
+    infer("--adapter", adapter, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--rewards")
+    records = jsonl(tmp_path / "out.jsonl")
+    assert [record["question"] for record in records] == questions
+    assert [record["index"] for record in records] == list(range(6))
+    for record in records:
+        assert record["correct"] == (record["rewards"][0]["correctness_reward_func"] == 2.0)
+        assert len(record["completions"]) == 1 and record["adapter"] == str(adapter)
+
+
+def test_a_killed_run_is_continued_without_a_gap_or_a_double(tmp_path):
+    questions = questions_file(tmp_path / "in.jsonl", 300)
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, "infer.py", "--model", "tiny", "--input", tmp_path / "in.jsonl", "--output", output]
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        size = output.stat().st_size if output.exists() else 0
+        while process.poll() is None and not (output.exists() and output.stat().st_size > size):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < len(jsonl(output)) < 300
+    with output.open("a") as file:
+        file.write('{"index": 12')  # killed while it wrote
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert [record["question"] for record in jsonl(output)] == questions
+
+
+def test_measuring(infer, adapter, tmp_path):
+    questions_file(tmp_path / "own.jsonl", 8)
+    arguments = ["--adapter", adapter, "--compare", "--rewards", "--json", tmp_path / "e.json"]
+    text = infer(*arguments, "--eval", tmp_path / "own.jsonl")
+    assert "McNemar" in text and "base" in text and "adapter" in text
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert set(result) == {"base", "adapter", "mcnemar"} and result["base"]["n"] == 8
+    for name in ("base", "adapter"):
+        assert result[name]["rewards"]["correctness_reward_func"] == 2 * result[name]["strict"]
+    changed = result["mcnemar"]["gained"] - result["mcnemar"]["lost"]
+    assert changed == round(8 * (result["adapter"]["strict"] - result["base"]["strict"]))
+    infer("--adapter", adapter, "--eval", "test", "--limit", 3, "--samples", 2, "--json", tmp_path / "e.json")
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["n"] == 3 and 0 <= result["pass@1"] <= result["pass@2"] <= 1
+
+
+def test_the_merged_model_answers_as_the_adapter_does(infer, adapter, tmp_path):
+    infer("--adapter", adapter, "--merge", tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+    assert infer("--model", tmp_path / "merged", QUESTION) == infer("--adapter", adapter, QUESTION)
+    with pytest.raises(UserError, match="exists already"):
+        infer("--adapter", adapter, "--merge", tmp_path / "merged")
+
+
+def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
+    Qwen2Config(hidden_size=128, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="trained on another model: it has 4 layers of width 128"):
+        check_adapter(adapter, str(tmp_path))
+    check_adapter(adapter, "tiny")
+
+
+BAD = [
+    (["--adapter", "ADAPTER", "1" * 900], "tokens"),
+    (["--model", "tiny", " "], "question is empty"),
+    (["--adapter", "nowhere", "1+1"], "no adapter in nowhere"),
+    (["--model", "tiny", "--compare", "1+1"], "need an --adapter"),
+    (["--model", "tiny", "--gguf", "out"], "need an --adapter"),
+    (["--adapter", "ADAPTER", "--gguf", "TMP/gguf"], "GGUF is written by unsloth"),
+    (["--model", "tiny", "--eval", "test", "1+1"], "cannot go together"),
+    (["--model", "tiny", "--input", "q.txt"], "go together"),
+    (["--model", "tiny", "--input", "nowhere.txt", "--output", "TMP/o.jsonl"], "there is no file nowhere.txt"),
+    (["--model", "tiny", "--input", "README.md", "--output", "nowhere/o.jsonl"], "there is no folder nowhere"),
+    (["--model", "tiny", "--input", "README.md", "--output", "tests"], "cannot write to tests"),
+    (["--model", "tiny", "--input", "TMP/long.txt", "--output", "TMP/o.jsonl"], "question 2 of .* has .* tokens"),
+    (["--model", "tiny", "--eval", "TMP/long.txt"], "no column answer_only"),
+    (["--model", "tiny", "--samples", "3", "--temperature", "0", "1+1"], "the same answer every time"),
+    (["--model", "tiny", "--top_p", "0", "1+1"], "--top_p"),
+    (["--model", "tiny", "--expected", "zwei", "1+1"], "not one number"),
+    (["--model", "tiny", "--limit", "0", "--eval", "test"], "--limit 0"),
+    (["--model", "TMP/nowhere", "1+1"], "cannot load the model .*nowhere"),
+    (["--model", "tiny", "--frage", "1+1"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--model means no 4-bit weights on a CPU only")
+@pytest.mark.parametrize("arguments, words", BAD, ids=[words for _, words in BAD])
+def test_bad_input(infer, adapter, tmp_path, arguments, words):
+    (tmp_path / "long.txt").write_text("1加1\n" + "1" * 900)
+    arguments = [a.replace("ADAPTER", str(adapter)).replace("TMP", str(tmp_path)) for a in arguments]
+    with pytest.raises(UserError, match=words) as error:
+        infer(*arguments)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "o.jsonl").exists()
