@@ -85,11 +85,12 @@ def generate(
     seed: int = 0,
     adapter: Path | None = None,
     on_text: Callable[[str], None] | None = None,
+    batch_size: int = 64,
 ) -> list[Completion]:
     """One completion for each of `prompts` (lists of messages); temperature 0 decodes greedily.
 
     `adapter`: the folder of the LoRA to answer with, None for the base model. A model that unsloth loaded with vLLM
-    answers all prompts in one batch and reads the LoRA from the folder. Any other model answers 64 at a time; a PEFT
+    answers all prompts in one batch and reads the LoRA from the folder. Any other model answers `batch_size` at a time; a PEFT
     model has the LoRA in it already, and switches it off for the base model. `on_text` gets the text of a single prompt
     piece by piece, as it is generated.
     """
@@ -121,8 +122,8 @@ def generate(
     completions = []
     base = model.disable_adapter() if hasattr(model, "peft_config") and not adapter else contextlib.nullcontext()
     with base, torch.inference_mode():
-        for start in range(0, len(texts), 64):
-            batch = tokenizer(texts[start : start + 64], return_tensors="pt", padding=True, padding_side="left")
+        for start in range(0, len(texts), batch_size):
+            batch = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left")
             if temperature:  # not in training, whose random state this would reset
                 torch.manual_seed(seed + start)
             # Explicit, because a checkpoint's own generation_config may ask for top-p or a repetition penalty.

@@ -14,10 +14,10 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import to_prompt
+from data import UserError, to_prompt
 from infer import generate
 from rewards import REWARD_FUNCS
-from train_grpo import Recipe, load_recipe
+from train_grpo import Recipe, load_recipe, main
 
 TINY = ["train_grpo.py", "--config", "recipes/tiny.yaml"]
 SHORT = ["--prompts_per_step", "2", "--num_generations", "4", "--micro_batch_size", "4", "--eval_samples", "10"]
@@ -193,14 +193,25 @@ def test_without_a_gpu_the_defaults_say_what_to_run():
 
 
 def test_bad_input_ends_in_one_line(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"question_zh-cn": "1加1", "answer_only": "两个"}\n' * 20)
-    out = ["--output_dir", tmp_path / "out"]
     assert_user_error(run(*TINY, "--max_stepz", 5), "--max_steps")
-    assert_user_error(run(*TINY, *out, "--dataset", tmp_path / "bad.jsonl"), "row 1", "not one number")
-    assert_user_error(run(*TINY, *out, "--model", tmp_path / "nowhere"), "cannot load the model")
-    assert_user_error(run(*TINY, *out, "--resume"), "no checkpoint")
-    assert_user_error(run(*TINY, "--output_dir", tmp_path / "bad.jsonl"), "is a file")
     assert_user_error(run("infer.py", "--adapter", tmp_path, "1+1"), "no adapter")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--output_dir", "TMP/out", "--dataset", "TMP/bad.jsonl"], "row 1 .* not one number"),
+        (["--output_dir", "TMP/out", "--model", "TMP/nowhere"], "cannot load the model"),
+        (["--output_dir", "TMP/out", "--resume"], "no checkpoint"),
+        (["--output_dir", "TMP/bad.jsonl"], "is a file"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, arguments, words):
+    (tmp_path / "bad.jsonl").write_text('{"question_zh-cn": "1加1", "answer_only": "两个"}\n' * 20)
+    monkeypatch.setattr(sys, "argv", [*TINY, *(argument.replace("TMP", str(tmp_path)) for argument in arguments)])
+    with pytest.raises(UserError, match=words) as error:
+        main()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
