@@ -4,6 +4,7 @@
 and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and `answer` (str).
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,10 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a UserError becomes one line on stderr and status 2, Ctrl-C status 130."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head`: whoever read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

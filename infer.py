@@ -22,16 +22,17 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
-import torch
+import torch  # and neither transformers nor peft up here: unsloth, which train_grpo.py imports on a GPU, must come first
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from scipy.stats import binomtest
 from tqdm import tqdm
-from transformers import AutoConfig, TextStreamer
 
 from data import (
     ANSWER_COLUMNS,
@@ -64,15 +65,13 @@ class Completion(NamedTuple):
     truncated: bool  # ran into max_tokens without ending
 
 
-class _Echo(TextStreamer):
+def _echo(tokenizer, on_text: Callable[[str], None]):
     """transformers' streamer, which hands the text on instead of printing it."""
+    from transformers import TextStreamer
 
-    def __init__(self, tokenizer, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        self.on_text(text)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
+    return streamer
 
 
 def generate(
@@ -135,7 +134,7 @@ def generate(
                 max_new_tokens=max_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
-                streamer=_Echo(tokenizer, on_text) if on_text else None,
+                streamer=_echo(tokenizer, on_text) if on_text else None,
             )
             for ids in sequences[:, batch["input_ids"].shape[1] :].tolist():
                 ended = tokenizer.eos_token_id in ids
@@ -159,10 +158,12 @@ def _stream_vllm(engine, text: str, sampling, lora, on_text: Callable[[str], Non
 # --- figures -----------------------------------------------------------------------------------------
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of successes/n (Wilson 1927)."""
-    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of successes/n (Wilson 1927). Here, because scipy's takes whole successes only."""
+    z, share = NormalDist().inv_cdf(0.975), successes / n
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -175,7 +176,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 def majority(texts: list[str]) -> str | None:
     """The answer that most of `texts` give, as first written; of equally frequent ones the first. None without any."""
-    answers = [answer for text in texts if (answer := extract_answer(text)) is not None]
+    answers = [answer for text in texts if (answer := extract_answer(text) or "").strip()]
     votes = Counter(_vote(answer) for answer in answers)
     if not votes:
         return None
@@ -224,7 +225,7 @@ def evaluate(completions: list[Completion], labels: list, samples: int = 1) -> d
     }
     result = {"n": n}
     for name, count in counts.items():
-        low, high = wilson(round(count / samples), n)
+        low, high = wilson(count / samples, n)
         result |= {name: count / len(completions), f"{name}_low": low, f"{name}_high": high}
     result["mean_length"] = sum(c.length for c in completions) / len(completions)
     if samples > 1:
@@ -354,6 +355,8 @@ def resume_output(output: Path, questions: list[str], settings: dict) -> int:
 
 def check_adapter(adapter: Path, model: str) -> None:
     """Raises UserError where the LoRA in `adapter` does not fit `model`: other layers, other widths."""
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(model)
         with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
@@ -369,6 +372,16 @@ def check_adapter(adapter: Path, model: str) -> None:
             f"the adapter {adapter} was trained on another model: it has {len(layers)} layers of width "
             f"{', '.join(map(str, sorted(widths)))}, {model} has {config.num_hidden_layers} of {config.hidden_size}."
         )
+
+
+def add_adapter(model, adapter: Path):
+    """`model` with the LoRA in the folder `adapter`. Raises UserError where they do not go together."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the adapter {adapter} cannot be put into this model: {error}".split("\n")[0]) from error
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -420,12 +433,16 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--input FILE and --output FILE.jsonl go together: give both.")
     if (args.compare or args.merge or args.gguf) and not args.adapter:
         raise UserError("--compare, --merge and --gguf need an --adapter.")
+    if args.json and not args.eval:
+        raise UserError("--json takes the figures of --eval: give both.")
     if args.compare and args.input:
         raise UserError("--compare works with a question or --eval: run --input twice, with and without --adapter.")
     for path in (args.json, args.output):
         if path and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} into.")
-        if path and not os.access(path if path.exists() else path.parent, os.W_OK) or path and path.is_dir():
+        if path and path.exists() and not path.is_file():
+            raise UserError(f"cannot write to {path}: it is no file.")
+        if path and not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"cannot write to {path}: give a file in a folder that you may write to.")
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
         raise UserError(f"there is no adapter in {args.adapter}: give the folder that holds adapter_config.json.")
@@ -442,13 +459,19 @@ def main() -> None:
 
     recipe = load_recipe()
     if args.adapter:
-        adapter_config = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        try:
+            adapter_config = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            rank, base = adapter_config["r"], adapter_config["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{args.adapter / 'adapter_config.json'} is not what PEFT writes: save the adapter anew."
+            ) from error
         beside = args.adapter.parent / "recipe.yaml"
         if beside.is_file():
             recipe = load_recipe(beside)
         else:
-            recipe.model = adapter_config["base_model_name_or_path"]
-        recipe.lora_rank = adapter_config["r"]
+            recipe.model = base
+        recipe.lora_rank = rank
     recipe.model = args.model or recipe.model
     if args.model and not GPU:  # the recipe's are for a GPU
         recipe.load_in_4bit = recipe.use_vllm = False
@@ -459,7 +482,7 @@ def main() -> None:
     )
     settings = {
         "model": recipe.model,
-        "adapter": str(args.adapter) if args.adapter else None,
+        "adapter": str(args.adapter.resolve()) if args.adapter else None,
         "samples": args.samples,
         "temperature": temperature,
         "top_p": args.top_p,
@@ -474,13 +497,12 @@ def main() -> None:
 
     model, tokenizer = load_base_model(recipe, max_num_seqs=128)
     if args.adapter and not hasattr(model, "vllm_engine"):
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, args.adapter)
+        model = add_adapter(model, args.adapter)
     policies = {"base": None} if args.compare or not args.adapter else {}
     if args.adapter:
         policies["adapter"] = args.adapter
     context = recipe.max_prompt_length + recipe.max_completion_length
+    context = min(context, model.config.max_position_embeddings)
 
     def check_length(prompt: list, name: str) -> None:
         length = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
@@ -513,7 +535,7 @@ def main() -> None:
             table = Table(*answers, show_lines=True)
             for row in zip(*answers.values(), strict=True):
                 table.add_row(*(completion.text for completion in row))
-            Console(markup=False, highlight=False).print(table)
+            Console(markup=False, highlight=False, emoji=False).print(table)
         elif args.samples > 1:
             for number, completion in enumerate(answers[name], start=1):
                 print(f"[{number}]")
@@ -529,7 +551,10 @@ def main() -> None:
                     )
                     print(f"{name} {number}: {parts}")
             if args.samples > 1:
-                tally = Counter(majority([text]) or "no answer" for text in texts).most_common()
+                votes = Counter(_vote(majority([text]) or "no answer") for text in texts)
+                tally = [
+                    (f"{vote:f}" if isinstance(vote, Decimal) else vote, count) for vote, count in votes.most_common()
+                ]
                 print(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts)}")
         print(flush=True)
 
@@ -563,6 +588,8 @@ def main() -> None:
                         ask(question)
                     except UserError as error:  # too long: the talk goes on
                         print(f"error: {error}", file=sys.stderr)
+                    except KeyboardInterrupt:  # stops this answer only
+                        print()
         print()
     else:
         for line in sys.stdin:
@@ -625,6 +652,10 @@ def export(args, recipe) -> None:
             "GGUF is written by unsloth's converter, which needs unsloth and a CUDA GPU: "
             "use --merge DIR, then llama.cpp's convert_hf_to_gguf.py DIR."
         )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}.") from error
     if GPU:
         from unsloth import FastLanguageModel
 
@@ -637,10 +668,8 @@ def export(args, recipe) -> None:
         except (OSError, RuntimeError, ImportError) as error:
             raise UserError(f"unsloth could not write {out}: {' '.join(str(error).split())}") from error
     else:
-        from peft import PeftModel
-
         model, tokenizer = load_base_model(recipe, max_num_seqs=1)
-        model = PeftModel.from_pretrained(model, args.adapter).merge_and_unload().to(torch.bfloat16)
+        model = add_adapter(model, args.adapter).merge_and_unload().to(torch.bfloat16)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     print(f"The merged model is in {out}.")

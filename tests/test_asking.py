@@ -174,6 +174,33 @@ def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
     check_adapter(adapter, "tiny")
 
 
+def test_nothing_that_unsloth_patches_is_imported_before_it():
+    code = "import sys, infer; print([name for name in ('transformers', 'peft', 'trl') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"printf '1加1\n2加2\n3加3\n' | {sys.executable} infer.py --model tiny --max_new_tokens 3 | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout == "1加1\n" and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_broken_adapter(infer, adapter, tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match="not what PEFT writes"):
+        infer("--adapter", tmp_path, QUESTION)
+
+
+def test_an_adapter_of_other_ranks(infer, adapter, tmp_path):
+    for path in adapter.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(UserError, match="cannot be put into this model"):
+        infer("--adapter", tmp_path, "--model", "tiny", QUESTION)
+
+
 BAD = [
     (["--adapter", "ADAPTER", "1" * 900], "tokens"),
     (["--model", "tiny", " "], "question is empty"),
@@ -186,6 +213,9 @@ BAD = [
     (["--model", "tiny", "--input", "nowhere.txt", "--output", "TMP/o.jsonl"], "there is no file nowhere.txt"),
     (["--model", "tiny", "--input", "README.md", "--output", "nowhere/o.jsonl"], "there is no folder nowhere"),
     (["--model", "tiny", "--input", "README.md", "--output", "tests"], "cannot write to tests"),
+    (["--model", "tiny", "--input", "README.md", "--output", "/dev/null"], "it is no file"),
+    (["--model", "tiny", "--json", "TMP/e.json", "1+1"], "--json takes the figures"),
+    (["--adapter", "ADAPTER", "--merge", "README.md/out"], "cannot write to README.md/out"),
     (["--model", "tiny", "--input", "TMP/long.txt", "--output", "TMP/o.jsonl"], "question 2 of .* has .* tokens"),
     (["--model", "tiny", "--eval", "TMP/long.txt"], "no column answer_only"),
     (["--model", "tiny", "--samples", "3", "--temperature", "0", "1+1"], "the same answer every time"),

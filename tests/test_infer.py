@@ -97,6 +97,7 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n, right, k):
         ([answered(4), answered(5)], "4"),
         ([answered("不知道"), answered("不知道"), answered(5)], "不知道"),
         (["72"], None),
+        ([answered(" "), answered(" "), answered(5)], "5"),
     ],
 )
 def test_majority(texts, winner):
