@@ -189,6 +189,12 @@ def _vote(answer: str):
     return answer.strip() if number is None else number
 
 
+def is_majority_right(texts: list[str], label) -> bool:
+    """Whether the answer that most of `texts` give is `label`; of a single text, the same as is_correct."""
+    answer = majority(texts)
+    return answer is not None and parse_number(answer) == label_number(label)
+
+
 def mcnemar(before: list[bool], after: list[bool]) -> dict[str, float]:
     """How two policies differ on the same questions, with the p-value of McNemar's exact test (McNemar 1947).
 
@@ -233,8 +239,10 @@ def evaluate(completions: list[Completion], labels: list, samples: int = 1) -> d
         ks = [k for k in (2**i for i in range(samples.bit_length())) if k < samples] + [samples]
         for k in ks:
             result[f"pass@{k}"] = sum(pass_at_k(samples, sum(strict[group]), k) for group in groups) / n
-        answers = [majority([c.text for c in completions[group]]) for group in groups]
-        right = sum(a is not None and parse_number(a) == label_number(x) for a, x in zip(answers, labels, strict=True))
+        right = sum(
+            is_majority_right([c.text for c in completions[group]], label)
+            for group, label in zip(groups, labels, strict=True)
+        )
         low, high = wilson(right, n)
         result |= {f"maj@{samples}": right / n, f"maj@{samples}_low": low, f"maj@{samples}_high": high}
     return result
@@ -298,8 +306,7 @@ def to_record(index: int, question: str, label, completions: list[Completion], w
     texts = [c.text for c in completions]
     record = {"index": index, "question": question, "answer": majority(texts)}
     if label is not None:
-        answer = record["answer"]
-        record |= {"expected": label, "correct": answer is not None and parse_number(answer) == label_number(label)}
+        record |= {"expected": label, "correct": is_majority_right(texts, label)}
     record["completions"] = texts
     if with_rewards:
         record["rewards"] = [rewards_of(text, label) for text in texts]
@@ -440,9 +447,9 @@ def parse_arguments() -> argparse.Namespace:
     for path in (args.json, args.output):
         if path and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} into.")
-        if path and path.exists() and not path.is_file():
-            raise UserError(f"cannot write to {path}: it is no file.")
-        if path and not os.access(path if path.exists() else path.parent, os.W_OK):
+        if path and (
+            path.exists() and not path.is_file() or not os.access(path if path.exists() else path.parent, os.W_OK)
+        ):
             raise UserError(f"cannot write to {path}: give a file in a folder that you may write to.")
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
         raise UserError(f"there is no adapter in {args.adapter}: give the folder that holds adapter_config.json.")
@@ -564,14 +571,14 @@ def main() -> None:
         prompts = [to_prompt(question, recipe.system_prompt) for question in questions]
         for number, prompt in enumerate(prompts, start=1):
             check_length(prompt, f"question {number} of {args.input}")
-        batch = 512 // args.samples or 1 if GPU else 64 // args.samples or 1
+        batch = max((512 if GPU else 64) // args.samples, 1)
         with args.output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="") as bar:
             for start in range(done, len(prompts), batch):
                 completions = answer(prompts[start : start + batch], args.adapter, first=start)
                 for i, question in enumerate(questions[start : start + batch]):
                     group = completions[i * args.samples : (i + 1) * args.samples]
                     record = to_record(start + i, question, labels[start + i], group, args.rewards) | settings
-                    file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(prompts[start : start + batch]))
@@ -613,15 +620,15 @@ def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
     for name, adapter in policies.items():
         completions = answer(questions["prompt"][:], adapter)
         results[name] = evaluate(completions, labels, args.samples)
-        groups = [completions[i * args.samples : (i + 1) * args.samples] for i in range(len(labels))]
-        records = [
-            to_record(i, prompt[-1]["content"], label, group, args.rewards)
-            for i, (prompt, label, group) in enumerate(zip(questions["prompt"], labels, groups, strict=True))
+        texts = [completion.text for completion in completions]
+        right[name] = [
+            is_majority_right(texts[i * args.samples : (i + 1) * args.samples], label) for i, label in enumerate(labels)
         ]
-        right[name] = [record["correct"] for record in records]
         if args.rewards:
-            every = [rewards for record in records for rewards in record["rewards"]]
-            results[name]["rewards"] = {key: sum(r[key] for r in every) / len(every) for key in every[0]}
+            repeated = [label for label in labels for _ in range(args.samples)]
+            results[name]["rewards"] = {
+                f.__name__: sum(f(completions=texts, answer=repeated)) / len(texts) for f in REWARD_FUNCS
+            }
     how = f"{args.samples} samples each" if args.samples > 1 else "one answer each"
     print(f"{len(labels)} questions of {dataset} ({args.eval}), {how}")
     print(evaluation_table(results))

@@ -213,7 +213,7 @@ BAD = [
     (["--model", "tiny", "--input", "nowhere.txt", "--output", "TMP/o.jsonl"], "there is no file nowhere.txt"),
     (["--model", "tiny", "--input", "README.md", "--output", "nowhere/o.jsonl"], "there is no folder nowhere"),
     (["--model", "tiny", "--input", "README.md", "--output", "tests"], "cannot write to tests"),
-    (["--model", "tiny", "--input", "README.md", "--output", "/dev/null"], "it is no file"),
+    (["--model", "tiny", "--input", "README.md", "--output", "/dev/null"], "cannot write to /dev/null"),
     (["--model", "tiny", "--json", "TMP/e.json", "1+1"], "--json takes the figures"),
     (["--adapter", "ADAPTER", "--merge", "README.md/out"], "cannot write to README.md/out"),
     (["--model", "tiny", "--input", "TMP/long.txt", "--output", "TMP/o.jsonl"], "question 2 of .* has .* tokens"),
