@@ -20,15 +20,19 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import resource
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,9 +51,9 @@ if GPU:
     from unsloth import FastLanguageModel  # before trl, transformers and peft, which it patches
 
 import yaml
+from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from data import HUB_ID, SYSTEM_PROMPT, UserError, fail, load_questions, run_script, train_and_test_splits
@@ -70,8 +74,8 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 # --- settings ----------------------------------------------------------------------------------------
 
 
-def setting(default, reason: str):
-    return field(default=default, metadata={"help": reason})
+def setting(default, reason: str, **argument):
+    return field(default=default, metadata={"help": reason, **argument})
 
 
 @dataclass
@@ -82,7 +86,13 @@ class Recipe:
     dataset: str = setting(HUB_ID, "the questions: a hub id, a folder, or a JSONL, CSV or Parquet file")
     system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
     output_dir: str = setting("outputs", "where everything that the run writes goes")
-    resume: bool = setting(False, "continue from the newest checkpoint in output_dir")
+    resume: str = setting(
+        "",
+        "continue from the newest complete checkpoint in output_dir, or from the one named here; auto: from the newest "
+        "if there is one, else from the beginning",
+        nargs="?",
+        const="newest",
+    )
 
     max_steps: int = setting(250, "optimiser steps")
     prompts_per_step: int = setting(8, "questions a step")
@@ -442,6 +452,8 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "dataloader_pin_memory": GPU,
         "use_cpu": not GPU,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is not a number shall be seen
+        "shuffle_dataset": False,  # training_questions has put them in order
         "save_steps": recipe.save_steps,
         "save_total_limit": 3,
         "seed": recipe.seed,
@@ -459,6 +471,129 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
     return config
 
 
+# --- checkpoints -------------------------------------------------------------------------------------
+
+# A run with another value for one of these is another run, or cannot take over the optimiser's state.
+FIXED = ["model", "dataset", "system_prompt", "lora_rank", "load_in_4bit", "optim", "seed"]
+
+
+def write_json(path: Path, content) -> None:
+    """In one piece: whoever is killed while writing leaves the old file as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_recipe(recipe: Recipe) -> None:
+    settings = dataclasses.asdict(recipe) | {"resume": ""}
+    text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
+    (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in `out`, complete or not, newest first."""
+    return sorted((path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of, reverse=True)
+
+
+def mark_complete(checkpoint: Path, recipe: Recipe) -> None:
+    """Writes complete.json, last: the recipe, and a digest of every file. A checkpoint without it was not finished."""
+    (checkpoint / "complete.json").unlink(missing_ok=True)
+    files = {
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    write_json(checkpoint / "complete.json", {"recipe": dataclasses.asdict(recipe), "files": files})
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """Why no run can continue from `checkpoint`; None if one can."""
+    try:
+        files = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its complete.json is damaged"
+    for name, digest in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def find_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint to continue from, None to start at step 1. Raises UserError where neither is what was asked for."""
+    out = Path(recipe.output_dir)
+    found = checkpoints(out)
+    if not recipe.resume:
+        if found or (out / "adapter").exists():
+            raise UserError(
+                f"{out} already holds a run. Continue it: {command(recipe, '--resume')} or start another: "
+                f"{command(recipe, '--output_dir', f'{out}-2')}"
+            )
+        return None
+    if recipe.resume in ("newest", "auto"):
+        for checkpoint in found:
+            if not (reason := flaw(checkpoint)):
+                return checkpoint
+            print(f"skipped     {checkpoint}: {reason}")
+        if recipe.resume == "auto":
+            return None
+        raise UserError(f"there is no checkpoint in {out} to continue from: leave --resume out, or give --resume auto.")
+    named = Path(recipe.resume)
+    if named.resolve() not in [path.resolve() for path in found]:
+        held = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"--resume {named} is no checkpoint in {out}, which holds {held}.")
+    if reason := flaw(named):
+        raise UserError(f"{named} cannot be continued from: {reason}. --resume alone takes the newest that can.")
+    return out / named.name
+
+
+def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
+    """Lists the settings that differ from the checkpoint's. Raises UserError for one that makes it another run."""
+    before = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["recipe"]
+    for name, value in dataclasses.asdict(recipe).items():
+        if name in ("resume", "output_dir") or before.get(name) == value:
+            continue
+        if name in FIXED:
+            raise UserError(
+                f"{checkpoint} belongs to a run with {name} {before.get(name)!r}, not {value!r}: continue it with that, or "
+                "start another run with another --output_dir."
+            )
+        print(f"changed     {name}: {before.get(name)} before, {value} from here on")
+
+
+def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
+    """Removes what the output folder holds from after `checkpoint` (None: everything)."""
+    out = Path(recipe.output_dir)
+    step = step_of(checkpoint) if checkpoint else 0
+    for later in checkpoints(out):
+        if step_of(later) > step:
+            print(f"removed     {later}, which comes after step {step}")
+            shutil.rmtree(later)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = read_json_lines(out / name)
+        write_json_lines(out / name, [line for line in lines if line["step"] <= step])
+    if checkpoint:
+        # transformers would go on with the micro-batches that it finds here
+        path = checkpoint / "trainer_state.json"
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["train_batch_size"] != recipe.micro_batch_size:
+            write_json(path, state | {"train_batch_size": recipe.micro_batch_size})
+            mark_complete(checkpoint, recipe)
+
+
+def command(recipe: Recipe, *arguments: str) -> str:
+    """A shell command that runs this recipe again, with further `arguments`."""
+    written = Path(recipe.output_dir) / "recipe.yaml"
+    return shlex.join([sys.executable, sys.argv[0], "--config", str(written), *arguments])
+
+
 # --- what the run writes while it goes ---------------------------------------------------------------
 
 
@@ -474,16 +609,39 @@ def recording(reward_func, batch: dict):
     return wrapper
 
 
+def divergence(history: list[dict], fp16: bool) -> str | None:
+    """What is wrong with the policy after the steps in `history` (lines of metrics.jsonl); None if nothing is.
+
+    float16 training skips a step whose gradient overflows and lowers its scale, so that a few in a row are normal.
+    """
+    last = history[-1]
+    if not math.isfinite(last["loss"]):
+        return f"the loss is {last['loss']}"
+    if not any(math.isfinite(line["grad_norm"]) for line in history[-20 if fp16 else -1 :]):
+        return "the gradient is not finite"
+    window = 10
+    means = [sum(line["reward"] for line in history[i : i + window]) / window for i in range(len(history) - window + 1)]
+    if means and max(means) - means[-1] > max(0.5, max(means) / 2):
+        start = means.index(max(means))
+        return (
+            f"the reward fell from {max(means):.2f} in the steps {history[start]['step']} to "
+            f"{history[start + window - 1]['step']} to {means[-1]:.2f} in the last {window}"
+        )
+    return None
+
+
 class Report(ProgressCallback):
     """tqdm's bar; a readable line a step; metrics.jsonl, samples.jsonl and reward_curve.png; a clean stop on a signal."""
 
     def __init__(self, recipe: Recipe, batch: dict):
         super().__init__()
         self.recipe, self.batch, self.out = recipe, batch, Path(recipe.output_dir)
+        self.metrics, self.samples = (read_json_lines(self.out / f"{name}.jsonl") for name in ("metrics", "samples"))
         self.stop_signal = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.update(state.global_step)
         self.step_start = time.perf_counter()
         self.seconds = []
 
@@ -505,7 +663,6 @@ class Report(ProgressCallback):
             key.removesuffix("/mean") if key.startswith("rewards/") else key: value for key, value in logs.items()
         }
         metrics |= {"seconds": self.seconds[-1], "gib": peak / GIB}
-        append_json(self.out / "metrics.jsonl", [metrics])
         samples = [
             {
                 "step": state.global_step,
@@ -518,7 +675,18 @@ class Report(ProgressCallback):
                 zip(self.batch["prompts"], self.batch["completions"], self.batch["answers"], strict=True)
             )
         ]
-        append_json(self.out / "samples.jsonl", samples)
+        self.metrics.append(metrics)  # in memory too: output_dir may be a mounted folder, and go away
+        self.samples += samples
+        write_json_lines(self.out / "metrics.jsonl", [metrics], "a")
+        write_json_lines(self.out / "samples.jsonl", samples, "a")
+        if reason := divergence(self.metrics, args.fp16):
+            good = [path for path in checkpoints(self.out) if not flaw(path)]
+            advice = (
+                f"Continue from before that, more slowly: {command(self.recipe, '--resume', str(good[0]), '--learning_rate', f'{self.recipe.learning_rate / 2:g}')}"
+                if good
+                else f"There is no checkpoint yet: start again with --learning_rate {self.recipe.learning_rate / 2:g}."
+            )
+            raise UserError(f"stopped after step {state.global_step}, because {reason}. {advice}")
 
         def short(name):
             return name.removesuffix("_reward_func").removesuffix("_format")
@@ -538,13 +706,39 @@ class Report(ProgressCallback):
             )
             text = f"question: {sample['question']}\n{sample['completion']}\nexpected: {sample['answer']}; rewards: {rewards}"
             self.training_bar.write("    " + text.replace("\n", "\n    "))
+            draw_reward_curve(self.out)
 
     def on_save(self, args, state, control, **kwargs):
         draw_reward_curve(self.out)
+        mark_complete(self.out / f"checkpoint-{state.global_step}", self.recipe)
+
+    def save_after_error(self, trainer: GRPOTrainer) -> None:
+        """A checkpoint of the last step that was finished; in a new folder, if output_dir can no longer be written to."""
+        recipe, step = self.recipe, trainer.state.global_step
+        try:
+            if flaw(self.out / f"checkpoint-{step}"):
+                trainer._save_checkpoint(trainer.model, trial=None)
+                mark_complete(self.out / f"checkpoint-{step}", recipe)
+        except OSError:
+            self.out = Path(tempfile.mkdtemp(prefix="rescued-", dir=Path(__file__).parent))
+            recipe.output_dir = trainer.args.output_dir = str(self.out)
+            write_recipe(recipe)
+            write_json(self.out / "eval.json", self.evaluations)
+            write_json_lines(self.out / "metrics.jsonl", self.metrics)
+            write_json_lines(self.out / "samples.jsonl", self.samples)
+            trainer._save_checkpoint(trainer.model, trial=None)
+            mark_complete(self.out / f"checkpoint-{step}", recipe)
 
 
-def append_json(path: Path, records: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+def read_json_lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file; none if there is no file. A last line that was not finished is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def write_json_lines(path: Path, records: list[dict], mode: str = "w") -> None:
+    with path.open(mode, encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -582,16 +776,23 @@ def installed_versions() -> dict[str, str]:
 # --- the run -----------------------------------------------------------------------------------------
 
 
+def training_questions(questions, recipe: Recipe):
+    """The questions of all steps in their order: each epoch shuffled anew.
+
+    TRL's own sampler would shuffle too, but a resumed run would start its first order over again after the first epoch.
+    """
+    rows, epochs = recipe.max_steps * recipe.prompts_per_step, []
+    while sum(map(len, epochs)) < rows:
+        epochs.append(questions.shuffle(seed=recipe.seed + len(epochs)))
+    return concatenate_datasets(epochs).select(range(rows))
+
+
 def run(recipe: Recipe) -> None:
     start = time.perf_counter()
     out = Path(recipe.output_dir)
-    checkpoint = get_last_checkpoint(out) if out.is_dir() else None
-    if (checkpoint or (out / "adapter").exists()) and not recipe.resume:
-        raise UserError(
-            f"{out} already holds a run: continue it with --resume, or start another with --output_dir {out}-2."
-        )
-    if recipe.resume and not checkpoint:
-        raise UserError(f"there is no checkpoint in {out} to continue from: leave --resume out.")
+    checkpoint = find_checkpoint(recipe)
+    if checkpoint:
+        check_same_run(recipe, checkpoint)
 
     # Preflight: all that can be known before anything slow.
     preflight(recipe)
@@ -612,12 +813,8 @@ def run(recipe: Recipe) -> None:
     test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     test = test.select(range(min(recipe.eval_samples, len(test))))
     print(f"questions   {len(train)} to train on, {len(test)} held out")
-
-    if not recipe.resume:  # what a run left that ended before its first checkpoint
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    settings = dataclasses.asdict(recipe) | {"resume": False}
-    (out / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    go_back_to(checkpoint, recipe)
+    write_recipe(recipe)
 
     # Model.
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
@@ -625,9 +822,12 @@ def run(recipe: Recipe) -> None:
 
     # Rewards and trainer.
     batch = {}
-    rewards = [recording(func, batch) for func in REWARD_FUNCS]
     trainer = GRPOTrainer(
-        model=model, reward_funcs=rewards, args=config, train_dataset=train, processing_class=tokenizer
+        model=model,
+        reward_funcs=[recording(func, batch) for func in REWARD_FUNCS],
+        args=config,
+        train_dataset=training_questions(train, recipe),
+        processing_class=tokenizer,
     )
     report = Report(recipe, batch)
     trainer.remove_callback(ProgressCallback)
@@ -640,12 +840,13 @@ def run(recipe: Recipe) -> None:
         return evaluate(completions, list(test["answer"]))
 
     # Evaluation before the first step; a resumed run has it already.
-    if recipe.resume:
-        evaluations = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    if checkpoint and (out / "eval.json").exists():
+        evaluations = {"before": json.loads((out / "eval.json").read_text(encoding="utf-8"))["before"]}
     else:
         evaluations = {"before": measure(None)}
-        (out / "eval.json").write_text(json.dumps(evaluations, indent=2) + "\n", encoding="utf-8")
-    print(evaluation_table({"before": evaluations["before"]}))
+        write_json(out / "eval.json", evaluations)
+    print(evaluation_table(evaluations))
+    report.evaluations = evaluations
 
     # Training. Ctrl-C and SIGTERM finish the step and save a checkpoint; a second Ctrl-C does not wait.
     def stop(signum, frame):
@@ -655,14 +856,27 @@ def run(recipe: Recipe) -> None:
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     training_start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except UserError:  # the policy has diverged, and is not worth keeping
+        raise
+    except Exception as error:
+        if trainer.state.global_step == 0:
+            raise
+        report.save_after_error(trainer)
+        saved = f"The checkpoint of step {trainer.state.global_step} is in {report.out}. Continue with: {command(recipe, '--resume')}"
+        if report.out != out:
+            raise UserError(f"{out} can no longer be written to ({error}). {saved}") from error
+        if is_out_of_memory(error):
+            raise UserError(f"out of GPU memory: {memory_advice(recipe)} {saved}, with one of these.") from error
+        print(saved, file=sys.stderr)
+        raise
     training_seconds = time.perf_counter() - training_start
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     if report.stop_signal:
-        print(f"stopped after step {trainer.state.global_step}; the checkpoint is in {get_last_checkpoint(out)}")
-        command = [sys.executable, "train_grpo.py", "--config", str(out / "recipe.yaml"), "--resume"]
-        print(f"continue with: {shlex.join(command)}")
+        print(f"stopped after step {trainer.state.global_step}; the checkpoint is in {checkpoints(out)[0]}")
+        print(f"continue with: {command(recipe, '--resume')}")
         sys.exit(128 + report.stop_signal)
 
     # The adapter, and the evaluation through it as it was saved.
@@ -674,19 +888,26 @@ def run(recipe: Recipe) -> None:
         "seconds": {"training": round(training_seconds, 1), "total": round(time.perf_counter() - start, 1)},
         "versions": installed_versions(),
     }
-    (out / "eval.json").write_text(json.dumps(evaluations, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "eval.json", evaluations)
     print(f"\n{len(test)} held-out questions, greedy, same prompt and parser before and after:")
     print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
-    command = [sys.executable, "infer.py", "--adapter", str(out / "adapter"), test[0]["prompt"][-1]["content"]]
-    print(f"\nThe LoRA is in {out}/adapter. Ask it: {shlex.join(command)}")
+    ask = [sys.executable, "infer.py", "--adapter", str(out / "adapter"), test[0]["prompt"][-1]["content"]]
+    print(f"\nThe LoRA is in {out}/adapter. Ask it: {shlex.join(ask)}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU. unsloth wraps vLLM's error into one of its own."""
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in str(error).lower() or "memory for the cache" in str(error)
+    )
 
 
 def main() -> None:
     recipe = parse_recipe(sys.argv[1:])
     try:
         run(recipe)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; unsloth wraps vLLM's into another
-        if "out of memory" not in str(error).lower() and "memory for the cache" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"out of GPU memory: {memory_advice(recipe)}") from error
 
