@@ -96,6 +96,7 @@ def generate(
     texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
     if hasattr(model, "vllm_engine"):
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         sampling = [  # a seed each: equal prompts shall differ
             SamplingParams(
@@ -103,11 +104,11 @@ def generate(
             )
             for i in range(len(texts))
         ]
-        lora = model.load_lora(str(adapter)) if adapter else None
+        lora = LoRARequest("adapter", 2**30, str(adapter)) if adapter else None  # unsloth counts its own from 1
         if on_text:
             outputs = [_stream_vllm(model.vllm_engine.llm_engine, texts[0], sampling[0], lora, on_text)]
         else:
-            outputs = model.fast_generate(texts, sampling, lora_request=lora, use_tqdm=False)
+            outputs = model.vllm_engine.generate(texts, sampling, lora_request=lora, use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]
         return [Completion(a.text, len(a.token_ids), a.finish_reason == "length") for a in answers]
 

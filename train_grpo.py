@@ -19,20 +19,11 @@ The order is: settings, preflight, data, model, rewards, evaluation, training, e
 import argparse
 import dataclasses
 import difflib
-import functools
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import math
 import os
-import platform
-import resource
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +31,18 @@ from typing import Literal, get_args
 
 import torch
 
-# requirements-cpu.txt leaves unsloth out: after it, a machine with a card runs as one without
-GPU = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
+from support.preflight import (
+    CUDA_GIB,
+    GIB,
+    GPU,
+    check_machine,
+    compute_dtype,
+    is_out_of_memory,
+    memory_advice,
+    model_error,
+    preflight,
+)
+
 if GPU:
     # unsloth unrolls its loss into 4 chunks an answer and has torch.compile trace all of them: minutes before the first
     # step, more for larger micro-batches, to save milliseconds afterwards. vLLM's own compilation stays on.
@@ -59,15 +60,18 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 from data import HUB_ID, SYSTEM_PROMPT, UserError, fail, load_questions, run_script, train_and_test_splits
 from infer import evaluate, evaluation_table, generate
 from rewards import REWARD_FUNCS
-
-# recipe.yaml shows the system prompt line by line
-yaml.SafeDumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+from support.checkpoints import (
+    check_same_run,
+    checkpoints,
+    command,
+    find_checkpoint,
+    go_back_to,
+    step_of,
+    write_json,
+    write_recipe,
 )
+from support.report import Report, installed_versions, recording
 
-GIB = 2**30
-CUDA_GIB = 0.6  # the CUDA context and library workspaces, outside PyTorch's allocator
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -203,158 +207,6 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-# --- preflight ---------------------------------------------------------------------------------------
-
-
-def compute_dtype(recipe: Recipe) -> torch.dtype:
-    if not GPU:
-        return torch.float32
-    bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    if recipe.dtype == "bfloat16" and not bf16:
-        raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16: give --dtype float16 or leave it at auto.")
-    return torch.float16 if recipe.dtype == "float16" or not bf16 else torch.bfloat16
-
-
-def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]:
-    """Estimated peak GPU memory in GiB, part by part, from a transformers config of the Llama or Qwen2 shape.
-
-    With vLLM the weights and the KV cache lie in vLLM's share of the card; without it they count by themselves.
-    NF4 with double quantisation takes 4.127 bits a weight (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
-    """
-    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q, kv = head * config.num_attention_heads, head * config.num_key_value_heads
-    linear_shapes = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden)]
-    linear = layers * sum(rows * columns for rows, columns in linear_shapes)
-    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    lora = layers * recipe.lora_rank * sum(rows + columns for rows, columns in linear_shapes)
-    sequence = recipe.max_prompt_length + recipe.max_completion_length
-    completions = recipe.prompts_per_step * recipe.num_generations
-
-    weights = linear * (4.127 / 8 if recipe.load_in_4bit else 2) + embeddings * 2
-    kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
-    optimizer = 2 if "8bit" in recipe.optim else 8
-    # One layer's activations are recomputed at a time; the others keep their input only.
-    activations = recipe.micro_batch_size * sequence * 2 * (layers * hidden + 8 * hidden + 6 * mlp)
-    logits = recipe.micro_batch_size * recipe.max_completion_length * config.vocab_size * 4 * 3
-    parts = {
-        "weights": weights,
-        "KV cache": kv_cache,
-        "LoRA and optimiser": lora * (4 + 4 + 2 + optimizer),  # float32 weights and gradients, vLLM's 16-bit copy
-        "activations": activations,
-        "logits": logits,
-        "CUDA": CUDA_GIB * GIB,
-    }
-    parts = {name: size / GIB for name, size in parts.items()}
-    if recipe.use_vllm:  # vLLM takes its whole share at once; 0.7 GiB of it are its own activations and CUDA graphs
-        parts["KV cache"] = recipe.gpu_memory_utilization * card_gib - parts["weights"] - 0.7
-    return parts
-
-
-def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> float:
-    """A rough duration of training in minutes, from this machine's measured matrix rate and memory bandwidth.
-
-    Generation reads the weights once a token; training takes 6 floating-point operations a parameter and token, forward,
-    recomputed forward and backward through frozen weights. Both run at a third of the measured rates; a decoding step
-    takes 8 ms at least, an optimiser step half a second.
-    """
-    device, dtype, n = ("cuda", compute_dtype(recipe), 4096) if GPU else ("cpu", torch.float32, 1024)
-    a, b = torch.rand(n, n, device=device, dtype=dtype), torch.rand(2**25, device=device)
-
-    def seconds(work) -> float:
-        for repeats in (1, 5):  # the first round warms up
-            start = time.perf_counter()
-            for _ in range(repeats):
-                work()
-            if GPU:
-                torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    flops = 2 * n**3 / seconds(lambda: a @ a)
-    bandwidth = 2 * b.nbytes / seconds(b.clone)
-    sequence = (recipe.max_prompt_length + recipe.max_completion_length) / 2  # most are shorter than the limits
-    tokens = recipe.prompts_per_step * recipe.num_generations * sequence
-    generation = recipe.max_completion_length * max(3 * weight_gib * GIB / bandwidth, 0.008)
-    return recipe.max_steps * (generation + 3 * 6 * parameters * tokens / flops + 0.5) / 60
-
-
-def memory_advice(recipe: Recipe) -> str:
-    """The flags that save most, with values: three, less those that are as low as they go."""
-    completions = recipe.prompts_per_step * recipe.num_generations
-    lower = {
-        "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),
-        "max_completion_length": max(recipe.max_completion_length * 3 // 4, 64),
-        "lora_rank": 16 if recipe.lora_rank > 16 else 8,  # vLLM has kernels for 8, 16, 32, 64, ...
-    }
-    flags = [f"--{name} {value}" for name, value in lower.items() if value < getattr(recipe, name)]
-    return f"try {' or '.join(flags)}." if flags else "take a smaller --model."
-
-
-def check_machine(recipe: Recipe) -> None:
-    """Raises UserError where the recipe needs a GPU and there is none."""
-    if not GPU and (recipe.load_in_4bit or recipe.use_vllm):
-        raise UserError(
-            "no CUDA GPU was found, or unsloth is not installed (requirements.txt has it), and 4-bit weights and vLLM "
-            "need both. Without them: python train_grpo.py --config recipes/tiny.yaml"
-        )
-
-
-def preflight(recipe: Recipe) -> None:
-    """Prints what will run on what. Raises UserError where it cannot run."""
-    check_machine(recipe)
-    try:
-        config = AutoConfig.from_pretrained(recipe.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {recipe.model}: {str(error).splitlines()[0]}") from error
-    free, total = (size / GIB for size in torch.cuda.mem_get_info()) if GPU else (0.0, 0.0)
-    card = min(recipe.vram_gib or total, total)
-    parts = estimate_memory(config, recipe, card)
-    if not GPU:
-        print(f"machine     {platform.machine()}, {torch.get_num_threads()} threads, no GPU")
-        print("numbers     float32; transformers generates")
-    else:
-        import pynvml
-
-        pynvml.nvmlInit()
-        needed, available = sum(parts.values()), min(free + CUDA_GIB, card)
-        backend = os.environ.get("VLLM_ATTENTION_BACKEND", "chosen by vLLM")
-        print(
-            f"card        {torch.cuda.get_device_name()}, compute capability "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}, driver {pynvml.nvmlSystemGetDriverVersion()}, "
-            f"{free:.1f} of {total:.1f} GiB free" + (f", to stay under {recipe.vram_gib}" if recipe.vram_gib else "")
-        )
-        print(
-            f"numbers     {str(compute_dtype(recipe)).removeprefix('torch.')}, {4 if recipe.load_in_4bit else 16}-bit weights; "
-            + (f"vLLM generates, attention backend {backend}" if recipe.use_vllm else "unsloth generates")
-        )
-        print(
-            f"memory      {' + '.join(f'{name} {size:.1f}' for name, size in parts.items())} = about {needed:.1f} GiB"
-        )
-        if recipe.use_vllm and parts["KV cache"] <= 0:
-            raise UserError(
-                f"vLLM's share of {recipe.gpu_memory_utilization:.0%} of {card:.1f} GiB has no room for a KV cache beside "
-                f"{parts['weights']:.1f} GiB of weights: raise --gpu_memory_utilization or take a smaller --model."
-            )
-        if needed > available:
-            raise UserError(
-                f"about {needed:.1f} GiB of GPU memory are needed and {available:.1f} free: {memory_advice(recipe)}"
-            )
-    completions = recipe.prompts_per_step * recipe.num_generations
-    parameters = config.vocab_size * config.hidden_size + config.num_hidden_layers * config.hidden_size * (
-        3 * config.intermediate_size + 2 * config.hidden_size
-    )
-    print(
-        f"step        {recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions, "
-        f"in micro-batches of {recipe.micro_batch_size}"
-    )
-    print(
-        f"run         {recipe.max_steps} steps = {recipe.max_steps * completions:,} completions; "
-        f"very roughly {estimate_minutes(parameters, parts['weights'], recipe):.0f} min"
-    )
-    if GPU:
-        torch.cuda.empty_cache()  # give back what the estimate used
-
-
 # --- model -------------------------------------------------------------------------------------------
 
 
@@ -369,7 +221,7 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
             model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
             return model, AutoTokenizer.from_pretrained(recipe.model)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"cannot load the model {recipe.model}: {str(error).splitlines()[0]}") from error
+            raise model_error(recipe.model, error) from error
     if recipe.use_vllm:
         import vllm.envs
 
@@ -387,14 +239,17 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         "max_lora_rank": recipe.lora_rank,
         "max_num_seqs": max_num_seqs,  # unsloth would take 16 on a T4
     }
-    return FastLanguageModel.from_pretrained(
-        recipe.model,
-        max_seq_length=recipe.max_prompt_length + recipe.max_completion_length,
-        load_in_4bit=recipe.load_in_4bit,
-        dtype=compute_dtype(recipe),
-        random_state=recipe.seed,
-        **(vllm if recipe.use_vllm else {}),
-    )
+    try:
+        return FastLanguageModel.from_pretrained(
+            recipe.model,
+            max_seq_length=recipe.max_prompt_length + recipe.max_completion_length,
+            load_in_4bit=recipe.load_in_4bit,
+            dtype=compute_dtype(recipe),
+            random_state=recipe.seed,
+            **(vllm if recipe.use_vllm else {}),
+        )
+    except (OSError, ValueError) as error:
+        raise model_error(recipe.model, error) from error
 
 
 def attach_lora(model, recipe: Recipe):
@@ -471,308 +326,6 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
     return config
 
 
-# --- checkpoints -------------------------------------------------------------------------------------
-
-# A run with another value for one of these is another run, or cannot take over the optimiser's state.
-FIXED = ["model", "dataset", "system_prompt", "lora_rank", "load_in_4bit", "optim", "seed"]
-
-
-def write_json(path: Path, content) -> None:
-    """In one piece: whoever is killed while writing leaves the old file as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_recipe(recipe: Recipe) -> None:
-    settings = dataclasses.asdict(recipe) | {"resume": ""}
-    text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
-    (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints in `out`, complete or not, newest first."""
-    return sorted((path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of, reverse=True)
-
-
-def mark_complete(checkpoint: Path, recipe: Recipe) -> None:
-    """Writes complete.json, last: the recipe, and a digest of every file. A checkpoint without it was not finished."""
-    (checkpoint / "complete.json").unlink(missing_ok=True)
-    files = {
-        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
-    write_json(checkpoint / "complete.json", {"recipe": dataclasses.asdict(recipe), "files": files})
-
-
-def flaw(checkpoint: Path) -> str | None:
-    """Why no run can continue from `checkpoint`; None if one can."""
-    try:
-        files = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return "it was not finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its complete.json is damaged"
-    for name, digest in files.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != digest:
-            return f"{name} is damaged"
-    return None
-
-
-def find_checkpoint(recipe: Recipe) -> Path | None:
-    """The checkpoint to continue from, None to start at step 1. Raises UserError where neither is what was asked for."""
-    out = Path(recipe.output_dir)
-    found = checkpoints(out)
-    if not recipe.resume:
-        if found or (out / "adapter").exists():
-            raise UserError(
-                f"{out} already holds a run. Continue it: {command(recipe, '--resume')} or start another: "
-                f"{command(recipe, '--output_dir', f'{out}-2')}"
-            )
-        return None
-    if recipe.resume in ("newest", "auto"):
-        for checkpoint in found:
-            if not (reason := flaw(checkpoint)):
-                return checkpoint
-            print(f"skipped     {checkpoint}: {reason}")
-        if recipe.resume == "auto":
-            return None
-        raise UserError(f"there is no checkpoint in {out} to continue from: leave --resume out, or give --resume auto.")
-    named = Path(recipe.resume)
-    if named.resolve() not in [path.resolve() for path in found]:
-        held = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"--resume {named} is no checkpoint in {out}, which holds {held}.")
-    if reason := flaw(named):
-        raise UserError(f"{named} cannot be continued from: {reason}. --resume alone takes the newest that can.")
-    return out / named.name
-
-
-def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
-    """Lists the settings that differ from the checkpoint's. Raises UserError for one that makes it another run."""
-    before = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["recipe"]
-    for name, value in dataclasses.asdict(recipe).items():
-        if name in ("resume", "output_dir") or before.get(name) == value:
-            continue
-        if name in FIXED:
-            raise UserError(
-                f"{checkpoint} belongs to a run with {name} {before.get(name)!r}, not {value!r}: continue it with that, or "
-                "start another run with another --output_dir."
-            )
-        print(f"changed     {name}: {before.get(name)} before, {value} from here on")
-
-
-def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
-    """Removes what the output folder holds from after `checkpoint` (None: everything)."""
-    out = Path(recipe.output_dir)
-    step = step_of(checkpoint) if checkpoint else 0
-    for later in checkpoints(out):
-        if step_of(later) > step:
-            print(f"removed     {later}, which comes after step {step}")
-            shutil.rmtree(later)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = read_json_lines(out / name)
-        write_json_lines(out / name, [line for line in lines if line["step"] <= step])
-    if checkpoint:
-        # transformers would go on with the micro-batches that it finds here
-        path = checkpoint / "trainer_state.json"
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["train_batch_size"] != recipe.micro_batch_size:
-            write_json(path, state | {"train_batch_size": recipe.micro_batch_size})
-            mark_complete(checkpoint, recipe)
-
-
-def command(recipe: Recipe, *arguments: str) -> str:
-    """A shell command that runs this recipe again, with further `arguments`."""
-    written = Path(recipe.output_dir) / "recipe.yaml"
-    return shlex.join([sys.executable, sys.argv[0], "--config", str(written), *arguments])
-
-
-# --- what the run writes while it goes ---------------------------------------------------------------
-
-
-def recording(reward_func, batch: dict):
-    """`reward_func`, which also leaves what it was given and what it gave in `batch`, for samples.jsonl."""
-
-    @functools.wraps(reward_func)  # TRL logs a reward under the function's name
-    def wrapper(prompts, completions, answer, **kwargs):
-        rewards = reward_func(prompts=prompts, completions=completions, answer=answer, **kwargs)
-        batch.update({"prompts": prompts, "completions": completions, "answers": answer, reward_func.__name__: rewards})
-        return rewards
-
-    return wrapper
-
-
-def divergence(history: list[dict], fp16: bool) -> str | None:
-    """What is wrong with the policy after the steps in `history` (lines of metrics.jsonl); None if nothing is.
-
-    float16 training skips a step whose gradient overflows and lowers its scale, so that a few in a row are normal.
-    """
-    last = history[-1]
-    if not math.isfinite(last["loss"]):
-        return f"the loss is {last['loss']}"
-    if not any(math.isfinite(line["grad_norm"]) for line in history[-20 if fp16 else -1 :]):
-        return "the gradient is not finite"
-    window = 10
-    means = [sum(line["reward"] for line in history[i : i + window]) / window for i in range(len(history) - window + 1)]
-    if means and max(means) - means[-1] > max(0.5, max(means) / 2):
-        start = means.index(max(means))
-        return (
-            f"the reward fell from {max(means):.2f} in the steps {history[start]['step']} to "
-            f"{history[start + window - 1]['step']} to {means[-1]:.2f} in the last {window}"
-        )
-    return None
-
-
-class Report(ProgressCallback):
-    """tqdm's bar; a readable line a step; metrics.jsonl, samples.jsonl and reward_curve.png; a clean stop on a signal."""
-
-    def __init__(self, recipe: Recipe, batch: dict):
-        super().__init__()
-        self.recipe, self.batch, self.out = recipe, batch, Path(recipe.output_dir)
-        self.metrics, self.samples = (read_json_lines(self.out / f"{name}.jsonl") for name in ("metrics", "samples"))
-        self.stop_signal = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.update(state.global_step)
-        self.step_start = time.perf_counter()
-        self.seconds = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        super().on_step_end(args, state, control, **kwargs)
-        if self.stop_signal:
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" not in logs:  # the summary at the end
-            return
-        now = time.perf_counter()
-        self.seconds.append(now - self.step_start)
-        self.step_start = now
-        # the most memory held so far; on a CPU, by the whole process
-        peak = torch.cuda.max_memory_reserved() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {"step": state.global_step}
-        metrics |= {
-            key.removesuffix("/mean") if key.startswith("rewards/") else key: value for key, value in logs.items()
-        }
-        metrics |= {"seconds": self.seconds[-1], "gib": peak / GIB}
-        samples = [
-            {
-                "step": state.global_step,
-                "question": prompt[-1]["content"],
-                "completion": completion[-1]["content"],
-                "answer": answer,
-                **{name: rewards[i] for name, rewards in self.batch.items() if name.endswith("_reward_func")},
-            }
-            for i, (prompt, completion, answer) in enumerate(
-                zip(self.batch["prompts"], self.batch["completions"], self.batch["answers"], strict=True)
-            )
-        ]
-        self.metrics.append(metrics)  # in memory too: output_dir may be a mounted folder, and go away
-        self.samples += samples
-        write_json_lines(self.out / "metrics.jsonl", [metrics], "a")
-        write_json_lines(self.out / "samples.jsonl", samples, "a")
-        if reason := divergence(self.metrics, args.fp16):
-            good = [path for path in checkpoints(self.out) if not flaw(path)]
-            advice = (
-                f"Continue from before that, more slowly: {command(self.recipe, '--resume', str(good[0]), '--learning_rate', f'{self.recipe.learning_rate / 2:g}')}"
-                if good
-                else f"There is no checkpoint yet: start again with --learning_rate {self.recipe.learning_rate / 2:g}."
-            )
-            raise UserError(f"stopped after step {state.global_step}, because {reason}. {advice}")
-
-        def short(name):
-            return name.removesuffix("_reward_func").removesuffix("_format")
-
-        left = (state.max_steps - state.global_step) * sum(self.seconds[-10:]) / len(self.seconds[-10:]) / 60
-        parts = " + ".join(f"{short(f.__name__)} {metrics[f'rewards/{f.__name__}']:.2f}" for f in REWARD_FUNCS)
-        self.training_bar.write(
-            f"step {state.global_step:3}  reward {metrics['reward']:.2f} = {parts}  "
-            f"no variance {metrics['frac_reward_zero_std']:.0%}  length {metrics['completions/mean_length']:.0f}  "
-            f"cut off {metrics['completions/clipped_ratio']:.0%}  {metrics['seconds']:.1f} s  {metrics['gib']:.1f} GiB  "
-            f"{left:.0f} min left"
-        )
-        if state.global_step % self.recipe.sample_steps == 0:
-            sample = samples[0]
-            rewards = ", ".join(
-                f"{short(key)} {value:g}" for key, value in sample.items() if key.endswith("_reward_func")
-            )
-            text = f"question: {sample['question']}\n{sample['completion']}\nexpected: {sample['answer']}; rewards: {rewards}"
-            self.training_bar.write("    " + text.replace("\n", "\n    "))
-            draw_reward_curve(self.out)
-
-    def on_save(self, args, state, control, **kwargs):
-        draw_reward_curve(self.out)
-        mark_complete(self.out / f"checkpoint-{state.global_step}", self.recipe)
-
-    def save_after_error(self, trainer: GRPOTrainer) -> None:
-        """A checkpoint of the last step that was finished; in a new folder, if output_dir can no longer be written to."""
-        recipe, step = self.recipe, trainer.state.global_step
-        try:
-            if flaw(self.out / f"checkpoint-{step}"):
-                trainer._save_checkpoint(trainer.model, trial=None)
-                mark_complete(self.out / f"checkpoint-{step}", recipe)
-        except OSError:
-            self.out = Path(tempfile.mkdtemp(prefix="rescued-", dir=Path(__file__).parent))
-            recipe.output_dir = trainer.args.output_dir = str(self.out)
-            write_recipe(recipe)
-            write_json(self.out / "eval.json", self.evaluations)
-            write_json_lines(self.out / "metrics.jsonl", self.metrics)
-            write_json_lines(self.out / "samples.jsonl", self.samples)
-            trainer._save_checkpoint(trainer.model, trial=None)
-            mark_complete(self.out / f"checkpoint-{step}", recipe)
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    """The lines of a JSONL file; none if there is no file. A last line that was not finished is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-
-
-def write_json_lines(path: Path, records: list[dict], mode: str = "w") -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def draw_reward_curve(out: Path) -> None:
-    """reward_curve.png from metrics.jsonl: the total and its five parts, each step pale, their running mean on top."""
-    os.environ["MPLBACKEND"] = "agg"  # Colab's own setting names a backend that is not installed here
-    import pandas
-    from matplotlib.figure import Figure
-
-    metrics = pandas.read_json(out / "metrics.jsonl", lines=True).set_index("step")
-    smooth = metrics.ewm(span=max(5, len(metrics) / 10)).mean()
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    total, parts = figure.subplots(2, sharex=True)
-    # colours of Okabe and Ito, which the colour-blind can tell apart
-    colors = ["#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"]
-    names = ["reward"] + [f"rewards/{f.__name__}" for f in REWARD_FUNCS]
-    for name, color in zip(names, colors, strict=True):
-        axes = total if name == "reward" else parts
-        axes.plot(metrics.index, metrics[name], color=color, alpha=0.25, linewidth=1)
-        axes.plot(smooth.index, smooth[name], color=color, linewidth=2, label=name.removeprefix("rewards/"))
-    total.set(ylabel="reward (of 4.0)", title="Mean reward of a step's completions")
-    parts.set(ylabel="its five parts", xlabel="step")
-    for axes in (total, parts):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(out / "reward_curve.png", dpi=120)
-
-
-def installed_versions() -> dict[str, str]:
-    names = ["torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "vllm", "bitsandbytes"]
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    return {"python": platform.python_version()} | {name: installed[name] for name in names if name in installed}
-
-
 # --- the run -----------------------------------------------------------------------------------------
 
 
@@ -793,19 +346,28 @@ def run(recipe: Recipe) -> None:
     checkpoint = find_checkpoint(recipe)
     if checkpoint:
         check_same_run(recipe, checkpoint)
+        written = out / "eval.json"
+        evaluations = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+        if step_of(checkpoint) >= recipe.max_steps and "after" in evaluations:
+            print(f"The run in {out} is complete, with {step_of(checkpoint)} steps; --max_steps goes on from there.")
+            print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
+            return
+        print(f"resuming    after step {step_of(checkpoint)}, from {checkpoint}")
 
     # Preflight: all that can be known before anything slow.
-    preflight(recipe)
+    check_machine(recipe)
+    try:
+        model_config, tokenizer = AutoConfig.from_pretrained(recipe.model), AutoTokenizer.from_pretrained(recipe.model)
+    except (OSError, ValueError, ImportError) as error:
+        raise model_error(recipe.model, error) from error
+    preflight(recipe, model_config)
     config = training_arguments(recipe)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     except FileExistsError as error:
         raise UserError(f"--output_dir {out} is a file: give a folder.") from error
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"cannot write to {out} or load the tokenizer of {recipe.model}: {error}".split("\n")[0]
-        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}. Give another --output_dir.") from error
 
     # Data.
     train_split, test_split = train_and_test_splits(recipe.dataset)
@@ -840,11 +402,11 @@ def run(recipe: Recipe) -> None:
         return evaluate(completions, list(test["answer"]))
 
     # Evaluation before the first step; a resumed run has it already.
-    if checkpoint and (out / "eval.json").exists():
-        evaluations = {"before": json.loads((out / "eval.json").read_text(encoding="utf-8"))["before"]}
+    if checkpoint and "before" in evaluations:
+        evaluations = {"before": evaluations["before"]}
     else:
         evaluations = {"before": measure(None)}
-        write_json(out / "eval.json", evaluations)
+    write_json(out / "eval.json", evaluations)
     print(evaluation_table(evaluations))
     report.evaluations = evaluations
 
@@ -858,18 +420,13 @@ def run(recipe: Recipe) -> None:
     training_start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if not report.stop_signal:
+            trainer.model.save_pretrained(out / "adapter")
+            tokenizer.save_pretrained(out / "adapter")
     except UserError:  # the policy has diverged, and is not worth keeping
         raise
     except Exception as error:
-        if trainer.state.global_step == 0:
-            raise
-        report.save_after_error(trainer)
-        saved = f"The checkpoint of step {trainer.state.global_step} is in {report.out}. Continue with: {command(recipe, '--resume')}"
-        if report.out != out:
-            raise UserError(f"{out} can no longer be written to ({error}). {saved}") from error
-        if is_out_of_memory(error):
-            raise UserError(f"out of GPU memory: {memory_advice(recipe)} {saved}, with one of these.") from error
-        print(saved, file=sys.stderr)
+        report.save_after_error(trainer, error)
         raise
     training_seconds = time.perf_counter() - training_start
     for signum, handler in handlers.items():
@@ -879,9 +436,7 @@ def run(recipe: Recipe) -> None:
         print(f"continue with: {command(recipe, '--resume')}")
         sys.exit(128 + report.stop_signal)
 
-    # The adapter, and the evaluation through it as it was saved.
-    trainer.model.save_pretrained(out / "adapter")
-    tokenizer.save_pretrained(out / "adapter")
+    # The evaluation through the adapter as it was saved.
     evaluations |= {
         "after": measure(out / "adapter"),
         "gpu": torch.cuda.get_device_name() if GPU else None,
@@ -893,13 +448,6 @@ def run(recipe: Recipe) -> None:
     print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
     ask = [sys.executable, "infer.py", "--adapter", str(out / "adapter"), test[0]["prompt"][-1]["content"]]
     print(f"\nThe LoRA is in {out}/adapter. Ask it: {shlex.join(ask)}")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU. unsloth wraps vLLM's error into one of its own."""
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in str(error).lower() or "memory for the cache" in str(error)
-    )
 
 
 def main() -> None:

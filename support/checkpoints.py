@@ -1,0 +1,159 @@
+"""The files that a run can be continued from: which of them are whole, and whether they belong to the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from data import UserError
+
+if TYPE_CHECKING:
+    from train_grpo import Recipe
+
+# recipe.yaml shows the system prompt line by line
+yaml.SafeDumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+# A run with another value for one of these is another run, or cannot take over the optimiser's state.
+FIXED = ["model", "dataset", "system_prompt", "seed", "lora_rank", "load_in_4bit"]
+FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay"]
+
+
+def write_json(path: Path, content) -> None:
+    """In one piece: whoever is killed while writing leaves the old file as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_recipe(recipe: Recipe) -> None:
+    settings = dataclasses.asdict(recipe) | {"resume": ""}
+    text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
+    (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in `out`, complete or not, newest first."""
+    return sorted((path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of, reverse=True)
+
+
+def mark_complete(checkpoint: Path, recipe: Recipe) -> None:
+    """Writes complete.json, last: the recipe, and a digest of every file. A checkpoint without it was not finished."""
+    (checkpoint / "complete.json").unlink(missing_ok=True)
+    files = {
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    write_json(checkpoint / "complete.json", {"recipe": dataclasses.asdict(recipe), "files": files})
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """Why no run can continue from `checkpoint`; None if one can."""
+    try:
+        files = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its complete.json is damaged"
+    for name, digest in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def find_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint to continue from, None to start at step 1. Raises UserError where neither is what was asked for."""
+    out = Path(recipe.output_dir)
+    found = checkpoints(out)
+    if not recipe.resume:
+        if found or (out / "adapter").exists():
+            raise UserError(
+                f"{out} already holds a run. Continue it: {command(recipe, '--resume')} or start another: "
+                f"{command(recipe, '--output_dir', f'{out}-2')}"
+            )
+        return None
+    if recipe.resume in ("newest", "auto"):
+        for checkpoint in found:
+            if not (reason := flaw(checkpoint)):
+                return checkpoint
+            print(f"skipped     {checkpoint}: {reason}")
+        if recipe.resume == "auto":
+            return None
+        raise UserError(f"there is no checkpoint in {out} to continue from: leave --resume out, or give --resume auto.")
+    named = Path(recipe.resume)
+    if named.resolve() not in [path.resolve() for path in found]:
+        held = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"--resume {named} is no checkpoint in {out}, which holds {held}.")
+    if reason := flaw(named):
+        raise UserError(f"{named} cannot be continued from: {reason}. --resume alone takes the newest that can.")
+    return out / named.name
+
+
+def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
+    """Lists the settings that differ from the checkpoint's. Raises UserError for one that makes it another run."""
+    before = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["recipe"]
+    for name, value in dataclasses.asdict(recipe).items():
+        if name in ("resume", "output_dir") or before.get(name) == value:
+            continue
+        if name in FIXED:
+            raise UserError(
+                f"{checkpoint} belongs to a run with {name} {before.get(name)!r}, not {value!r}: continue it with that, or "
+                "start another run with another --output_dir."
+            )
+        print(f"changed     {name}: {before.get(name)} before, {value} from here on")
+
+
+def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
+    """Removes what the output folder holds from after `checkpoint` (None: everything)."""
+    out = Path(recipe.output_dir)
+    step = step_of(checkpoint) if checkpoint else 0
+    for later in checkpoints(out):
+        if step_of(later) > step:
+            print(f"removed     {later}, which comes after step {step}")
+            shutil.rmtree(later)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = read_json_lines(out / name)
+        write_json_lines(out / name, [line for line in lines if line["step"] <= step])
+    if checkpoint:
+        # transformers would go on with the micro-batches that it finds here
+        path = checkpoint / "trainer_state.json"
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["train_batch_size"] != recipe.micro_batch_size:
+            write_json(path, state | {"train_batch_size": recipe.micro_batch_size})
+            mark_complete(checkpoint, recipe)
+
+
+def command(recipe: Recipe, *arguments: str) -> str:
+    """A shell command that runs this recipe again, with further `arguments`."""
+    written = Path(recipe.output_dir) / "recipe.yaml"
+    return shlex.join([sys.executable, sys.argv[0], "--config", str(written), *arguments])
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file; none if there is no file. A last line that was not finished is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def write_json_lines(path: Path, records: list[dict], mode: str = "w") -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
