@@ -428,6 +428,9 @@ def run(recipe: Recipe) -> None:
     except Exception as error:
         report.save_after_error(trainer, error)
         raise
+    finally:
+        if report.training_bar:  # or it would draw itself once more, after the error
+            report.training_bar.close()
     training_seconds = time.perf_counter() - training_start
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

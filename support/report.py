@@ -67,13 +67,14 @@ def divergence(history: list[dict]) -> tuple[str, int] | None:
     if len(history) >= 20 and not any(math.isfinite(line["loss"] + line["grad_norm"]) for line in history[-20:]):
         return "the loss or the gradient was not finite for 20 steps", history[-20]["step"] - 1
     rewards = [line["reward"] for line in history]
+    same = all(line["frac_reward_zero_std"] == 1 for line in history[-20:])
+    if len(history) >= 20 and same and sum(rewards[-20:]) / 20 < sum(rewards[:3]) / 3 / 4:
+        return "20 steps of answers are all worth the same, and less than the first ones", history[-20]["step"] - 1
     means = [sum(rewards[i : i + 10]) / 10 for i in range(len(rewards) - 9)]
     if means and max(means) - means[-1] > max(0.5, max(means) / 2):
         best = means.index(max(means))
-        return (
-            f"the mean reward of ten steps fell from {max(means):.2f} to {means[-1]:.2f}",
-            history[best + 9]["step"],
-        )
+        reason = f"the mean reward of ten steps fell from {max(means):.2f} to {means[-1]:.2f}"
+        return reason, history[best + 9]["step"]
     return None
 
 

@@ -15,7 +15,9 @@ from trl import GRPOConfig
 
 from data import UserError
 from rewards import correctness_reward_func
-from train_grpo import Recipe, estimate_memory, load_recipe, memory_advice, parse_recipe, recording, training_arguments
+from support.preflight import estimate_memory, memory_advice
+from support.report import recording
+from train_grpo import Recipe, load_recipe, parse_recipe, training_arguments
 
 # Qwen2.5-7B's config.json
 QWEN_7B = SimpleNamespace(

@@ -1,0 +1,263 @@
+"""What stops a run before it starts, or on the way: each fault is provoked, for real where a CPU can."""
+
+import math
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from test_runs import SHORT, TINY, assert_user_error, jsonl, run
+from test_train_grpo import QWEN_7B
+
+import train_grpo
+from data import UserError
+from support import preflight
+from support.checkpoints import flaw
+from support.preflight import check_disk, check_machine, check_memory, estimate_memory, is_out_of_memory, model_error
+from support.report import divergence
+from train_grpo import Recipe, load_recipe
+
+# --- before the start --------------------------------------------------------------------------------
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def t4(monkeypatch):
+    """The preflight on a machine that says of itself what a T4 does."""
+    monkeypatch.setattr(preflight, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(preflight, "is_installed", lambda package: True)
+    return monkeypatch
+
+
+def test_a_t4_passes(t4):
+    check_machine(Recipe())
+    check_memory(estimate_memory(QWEN_7B, Recipe(), 14.7), Recipe(), free=14.7, card=14.7)
+    assert preflight.compute_dtype(Recipe()) == torch.float16
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(preflight, "GPU", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(preflight, "nvidia_driver", lambda: None)
+    with pytest.raises(UserError, match="no CUDA GPU was found") as error:
+        check_machine(Recipe())
+    assert "recipes/tiny.yaml" in one_line(error)
+    check_machine(load_recipe("recipes/tiny.yaml"))
+
+
+def test_a_driver_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(preflight, "GPU", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(preflight, "nvidia_driver", lambda: "470.82.01")
+    with pytest.raises(UserError, match=r"driver 470.82.01 does not run CUDA \S+, .*update the driver") as error:
+        check_machine(Recipe())
+    one_line(error)
+
+
+@pytest.mark.parametrize("capability", [(6, 0), (7, 0)])
+def test_a_card_that_is_too_old(t4, capability):
+    t4.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(UserError, match="has compute capability .* need 7.5"):
+        check_machine(Recipe())
+
+
+def test_bfloat16_on_a_t4(t4):
+    with pytest.raises(UserError, match="has no bfloat16: give --dtype float16"):
+        preflight.compute_dtype(Recipe(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    "package, changes",
+    [
+        ("vllm", {}),
+        ("bitsandbytes", {"use_vllm": False}),
+        ("bitsandbytes", {"load_in_4bit": False}),  # for the 8-bit optimiser
+        ("tensorboard", {"report_to": "tensorboard"}),
+        ("wandb", {"report_to": "wandb"}),
+        ("trackio", {"report_to": "trackio"}),
+    ],
+)
+def test_a_missing_package(t4, package, changes):
+    t4.setattr(preflight, "is_installed", lambda name: name != package)
+    with pytest.raises(UserError, match=f"{package} is not installed, .*pip install {package}"):
+        check_machine(Recipe(**changes))
+
+
+def test_unsloth_missing_beside_a_gpu(t4):
+    t4.setattr(preflight, "GPU", False)
+    with pytest.raises(UserError, match="unsloth is not installed.*requirements.txt"):
+        check_machine(Recipe())
+
+
+@pytest.mark.parametrize(
+    "free, card, words",
+    [
+        (9.9, 9.9, r"about \d+\.\d GiB of GPU memory are needed, and there are 9.9: try --micro_batch_size 3"),
+        (9.0, 14.7, r"9.0 of 14.7 are free: end what holds the rest .* or try --micro_batch_size 3"),
+        (5.0, 5.0, "no room for a KV cache .* raise --gpu_memory_utilization"),
+    ],
+)
+def test_too_little_gpu_memory(free, card, words):
+    with pytest.raises(UserError, match=words) as error:
+        check_memory(estimate_memory(QWEN_7B, Recipe(), card), Recipe(), free, card)
+    one_line(error)
+
+
+def test_too_little_disk(monkeypatch, tmp_path):
+    recipe = Recipe(output_dir=str(tmp_path / "not" / "there" / "yet"))
+    check_disk(0.15, recipe)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(2**40, 2**40, 2**29))
+    with pytest.raises(UserError, match=f"1.1 GiB of disk are needed .* 0.5 are free in {tmp_path}.*--lora_rank 8"):
+        check_disk(0.15, recipe)
+
+
+def test_a_gated_model():
+    error = OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://…")
+    assert str(model_error("meta/x", error)) == (
+        "cannot load the model meta/x: You are trying to access a gated repo. Accept its licence on its page, then run "
+        "`hf auth login`."
+    )
+
+
+def test_out_of_memory_is_known_by_its_words():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert is_out_of_memory(RuntimeError("No available memory for the cache blocks"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(OSError("out of memory"))
+
+
+def test_a_logger_that_is_not_installed(tmp_path):
+    if preflight.is_installed("wandb"):
+        pytest.skip("wandb is installed")
+    result = run(*TINY, "--report_to", "wandb", "--output_dir", tmp_path / "out")
+    assert_user_error(result, "wandb is not installed", "pip install wandb")
+
+
+# --- a policy that diverges --------------------------------------------------------------------------
+
+
+def history(rewards, loss=0.1, grad_norm=0.1, same=0.0):
+    return [
+        {"step": i, "reward": reward, "loss": loss, "grad_norm": grad_norm, "frac_reward_zero_std": same}
+        for i, reward in enumerate(rewards, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    "lines, found",
+    [
+        (history([1.0] * 30 + [3.0] * 10 + [0.5] * 10), ("fell from 3.00 to 0.50", 40)),
+        (history([2.0] * 2 + [0.0] * 20, same=1), ("all worth the same", 2)),
+        (history([1.0] * 30, loss=math.nan), ("not finite for 20 steps", 10)),
+        (history([1.0] * 30, grad_norm=math.inf), ("not finite for 20 steps", 10)),
+        (history([1.0, 3.0] * 20), None),  # noise
+        (history([0.0] * 60, same=1), None),  # has not begun to learn
+        (history([0.4] * 10 + [0.0] * 10), None),  # too little to tell
+        (history([2.0] * 40, same=1), None),  # nothing left to learn
+        (history([1.0] * 10) + history([1.0] * 3, grad_norm=math.inf), None),  # float16 finds its scale
+    ],
+)
+def test_divergence(lines, found):
+    result = divergence(lines)
+    assert (result is None) == (found is None)
+    if found:
+        assert found[0] in result[0] and result[1] == found[1]
+
+
+def in_process(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [*TINY, *SHORT, *map(str, arguments)])
+    train_grpo.main()
+
+
+def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_stays(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    in_process(monkeypatch, "--max_steps", 2, "--save_steps", 2, "--output_dir", out)
+    resumed = ["--resume", "--max_steps", 6, "--save_steps", 2, "--output_dir", out, "--lr_scheduler", "constant"]
+    with pytest.raises(UserError, match="not finite.*Continue from before: .*checkpoint-2 --learning_rate") as error:
+        in_process(monkeypatch, *resumed, "--learning_rate", "1e30")
+    one_line(error)
+    assert not flaw(out / "checkpoint-2")
+    monkeypatch.undo()
+    in_process(monkeypatch, *resumed, "--learning_rate", "1e-3")  # the changed rate is the one that is used
+    rates = [line["learning_rate"] for line in jsonl(out / "metrics.jsonl")]
+    assert len(rates) == 6 and rates[3:] == [1e-3] * 3
+
+
+# --- on the way --------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_goes_away(monkeypatch, tmp_path):
+    """As a mounted Drive does: what was trained is saved elsewhere, and continues from there."""
+    out = tmp_path / "drive" / "out"
+
+    def unmount():
+        while not (out / "metrics.jsonl").exists() or len(jsonl(out / "metrics.jsonl")) < 3:
+            time.sleep(0.05)
+        out.parent.rename(tmp_path / "gone")
+        out.parent.touch()
+
+    monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))  # rescued-… goes here
+    thread = threading.Thread(target=unmount)
+    thread.start()
+    with pytest.raises(UserError, match="cannot write to .* any more .* Continue with: ") as error:
+        in_process(monkeypatch, "--max_steps", 12, "--save_steps", 2, "--output_dir", out)
+    thread.join()
+    one_line(error)
+    (rescued,) = tmp_path.glob("rescued-*")
+    done = len(jsonl(rescued / "metrics.jsonl"))
+    assert 3 <= done < 12 and not flaw(rescued / f"checkpoint-{done}")
+    assert len(jsonl(rescued / "samples.jsonl")) == 8 * done
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--config", str(rescued / "recipe.yaml"), "--resume"])
+    train_grpo.main()
+    assert [line["step"] for line in jsonl(rescued / "metrics.jsonl")] == list(range(1, 13))
+    assert (rescued / "adapter").is_dir()
+
+
+def test_a_disk_that_is_full(monkeypatch, tmp_path):
+    """A limit on the size of files: checkpoints cannot be written, here or elsewhere."""
+    monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(UserError, match="training stopped .*nothing could be saved") as error:
+            in_process(monkeypatch, "--max_steps", 4, "--save_steps", 2, "--output_dir", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    one_line(error)
+    assert len(jsonl(tmp_path / "out" / "metrics.jsonl")) == 2
+    assert all(flaw(path) for path in (tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_out_of_memory_on_the_way(monkeypatch, tmp_path):
+    """A CPU has no such error: the reward function, which TRL calls in every step, raises it in the third."""
+    calls = []
+
+    def xmlcount_reward_func(completions, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr(train_grpo, "REWARD_FUNCS", [*train_grpo.REWARD_FUNCS[:4], xmlcount_reward_func])
+    with pytest.raises(
+        UserError, match="out of GPU memory: try --micro_batch_size 2 .*step 2 is in .*--resume"
+    ) as error:
+        in_process(monkeypatch, "--max_steps", 6, "--output_dir", tmp_path / "out")
+    one_line(error)
+    monkeypatch.undo()
+    in_process(monkeypatch, "--max_steps", 4, "--output_dir", tmp_path / "out", "--resume", "--micro_batch_size", 2)
+    assert [line["step"] for line in jsonl(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3, 4]
+    samples = jsonl(tmp_path / "out" / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [step for step in (1, 2, 3, 4) for _ in range(8)]

@@ -1,0 +1,187 @@
+"""A run that was killed and resumed is the run that was never killed: step by step, and in its weights."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_runs import SHORT, TINY, jsonl
+
+import train_grpo
+from data import UserError
+from support.checkpoints import checkpoints, flaw
+from train_grpo import load_recipe, training_questions
+
+STEPS, EVERY = 12, 3
+COMMAND = [*TINY, *SHORT, "--max_steps", str(STEPS), "--save_steps", str(EVERY)]
+CLOCK = {"seconds", "gib"}  # the only figures of a step that may differ
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "out"
+    subprocess.run([sys.executable, *COMMAND, "--output_dir", out], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def half(reference, tmp_path):
+    """The reference run as it was when its ninth step had been saved: checkpoints 6 and 9 are left."""
+    out = tmp_path / "half"
+    shutil.copytree(reference, out)
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "checkpoint-12")
+    return out
+
+
+def resume(monkeypatch, out, *arguments):
+    monkeypatch.setattr(sys, "argv", [*COMMAND, "--output_dir", str(out), *map(str, arguments)])
+    train_grpo.main()
+
+
+def assert_same_run(out, reference):
+    for line, expected in zip(jsonl(out / "metrics.jsonl"), jsonl(reference / "metrics.jsonl"), strict=True):
+        assert {k: v for k, v in line.items() if k not in CLOCK} == {
+            k: v for k, v in expected.items() if k not in CLOCK
+        }
+    assert (out / "samples.jsonl").read_text() == (reference / "samples.jsonl").read_text()
+    weights = load_file(out / "adapter" / "adapter_model.safetensors")
+    for name, expected in load_file(reference / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(weights[name], expected), name
+    after, expected = (json.loads((folder / "eval.json").read_text())["after"] for folder in (out, reference))
+    assert after == expected
+
+
+def test_killed_and_resumed(reference, tmp_path):
+    """kill -9 twice, at steps between checkpoints and at whatever the process is doing then."""
+    out = tmp_path / "killed"
+    command = [sys.executable, *COMMAND, "--output_dir", out, "--resume", "auto"]
+    for step, wait in ((5, 0.0), (8, 0.3)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= step):
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # killed while it wrote
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "resuming    after step " in said
+    assert_same_run(out, reference)
+
+
+def test_a_finished_run_says_so(reference, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime for path in reference.rglob("*")}
+    resume(monkeypatch, reference, "--resume")
+    assert "is complete, with 12 steps" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime for path in reference.rglob("*")}
+
+
+def test_without_resume_the_two_commands_are_named(half, monkeypatch):
+    with pytest.raises(
+        UserError, match="already holds a run. Continue it: .*--resume or start another: .*--output_dir"
+    ):
+        resume(monkeypatch, half)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda checkpoint: truncate(checkpoint / "optimizer.pt"), "optimizer.pt is damaged"),
+        (lambda checkpoint: (checkpoint / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (lambda checkpoint: (checkpoint / "complete.json").unlink(), "it was not finished"),
+        (lambda checkpoint: truncate(checkpoint / "complete.json"), "its complete.json is damaged"),
+        (lambda checkpoint: shutil.rmtree(checkpoint) or checkpoint.mkdir(), "it was not finished"),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped(half, monkeypatch, capsys, damage, words):
+    damage(half / "checkpoint-9")
+    recipe = load_recipe(half / "recipe.yaml")
+    recipe.output_dir, recipe.resume = str(half), "newest"
+    assert train_grpo.find_checkpoint(recipe) == half / "checkpoint-6"
+    assert f"skipped     {half}/checkpoint-9: {words}" in capsys.readouterr().out
+    recipe.resume = str(half / "checkpoint-9")
+    with pytest.raises(UserError, match=f"cannot be continued from: {words}"):
+        train_grpo.find_checkpoint(recipe)
+
+
+def test_the_run_from_before_the_damaged_checkpoint_is_the_same(half, reference, monkeypatch, capsys):
+    truncate(half / "checkpoint-9" / "adapter_model.safetensors")
+    resume(monkeypatch, half, "--resume")
+    assert f"removed     {half}/checkpoint-9, which comes after step 6" in capsys.readouterr().out
+    assert_same_run(half, reference)
+    assert [path.name for path in checkpoints(half)] == ["checkpoint-12", "checkpoint-9", "checkpoint-6"]
+    assert not any(flaw(path) for path in checkpoints(half))
+
+
+def test_a_named_checkpoint(half, reference, monkeypatch):
+    resume(monkeypatch, half, "--resume", half / "checkpoint-6")
+    assert_same_run(half, reference)
+
+
+def test_nothing_to_resume(half, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint in .*, which holds checkpoint-9, checkpoint-6"):
+        resume(monkeypatch, half, "--resume", half / "checkpoint-4")
+    for path in checkpoints(half):
+        (path / "complete.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* to continue from: .*--resume auto"):
+        resume(monkeypatch, half, "--resume")
+    assert len(checkpoints(half)) == 2  # nothing was removed
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--lora_rank", "8"], "lora_rank 16, not 8"),
+        (["--seed", "7"], "seed 3407, not 7"),
+        (["--dataset", "elsewhere"], "dataset 'tiny/questions', not 'elsewhere'"),
+        (["--model", "elsewhere"], "model 'tiny', not 'elsewhere'"),
+    ],
+)
+def test_another_run_is_refused(half, monkeypatch, arguments, words):
+    before = (half / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=words) as error:
+        resume(monkeypatch, half, "--resume", *arguments)
+    assert "\n" not in str(error.value)
+    assert (half / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_of_another_recipe_put_into_the_folder(half, monkeypatch, tmp_path):
+    other = half / "checkpoint-9" / "complete.json"
+    content = json.loads(other.read_text())
+    content["recipe"]["model"] = "other"
+    other.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="checkpoint-9 belongs to a run with model 'other', not 'tiny'"):
+        resume(monkeypatch, half, "--resume")
+
+
+def test_changed_settings_are_listed_and_used(half, monkeypatch, capsys):
+    resume(monkeypatch, half, "--resume", "--max_steps", 11, "--micro_batch_size", 2, "--num_generations", 3)
+    said = capsys.readouterr().out
+    assert "changed     max_steps: 12 before, 11 from here on" in said
+    assert "changed     micro_batch_size: 4 before, 2 from here on" in said
+    steps = [sample["step"] for sample in jsonl(half / "samples.jsonl")]
+    assert [steps.count(step) for step in range(1, 12)] == [8] * 9 + [6] * 2
+
+
+def test_the_order_of_the_questions_goes_on_after_the_first_epoch():
+    from datasets import Dataset
+
+    questions = Dataset.from_dict({"prompt": list("abcde")})
+    recipe = load_recipe("recipes/tiny.yaml")
+    recipe.prompts_per_step, recipe.max_steps = 2, 6
+    order = training_questions(questions, recipe)["prompt"][:]
+    assert len(order) == 12 and sorted(order[:5]) == sorted(order[5:10]) == list("abcde")
+    assert order[:5] != order[5:10]
+    recipe.max_steps = 4
+    assert training_questions(questions, recipe)["prompt"][:] == order[:8]
