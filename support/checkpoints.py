@@ -129,9 +129,11 @@ def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
         if step_of(later) > step:
             print(f"removed     {later}, which comes after step {step}")
             shutil.rmtree(later)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = read_json_lines(out / name)
-        write_json_lines(out / name, [line for line in lines if line["step"] <= step])
+    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+        if checkpoint:
+            write_json_lines(path, [line for line in read_json_lines(path) if line["step"] <= step])
+        else:
+            path.unlink(missing_ok=True)
     if checkpoint:
         # transformers would go on with the micro-batches that it finds here
         path = checkpoint / "trainer_state.json"

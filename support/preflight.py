@@ -142,12 +142,13 @@ def nvidia_driver() -> str | None:
         return None
 
 
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def check_installed(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed, and this recipe needs it: pip install {package}")
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Raises UserError where the recipe needs a GPU, or a package, that is not there."""
+    """Raises UserError where loading the model needs a GPU, or a package, that is not there."""
     without = "Without a GPU: python train_grpo.py --config recipes/tiny.yaml"
     if not GPU and (recipe.load_in_4bit or recipe.use_vllm):
         if torch.cuda.is_available():
@@ -166,14 +167,10 @@ def check_machine(recipe: Recipe) -> None:
             f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; the packages need 7.5 "
             "(T4, RTX 20) or newer."
         )
-    needed = {
-        "vllm": recipe.use_vllm,
-        "bitsandbytes": recipe.load_in_4bit or "8bit" in recipe.optim,
-        recipe.report_to: recipe.report_to in ("tensorboard", "wandb", "trackio"),
-    }
-    for package, need in needed.items():
-        if need and not is_installed(package):
-            raise UserError(f"{package} is not installed, and this recipe needs it: pip install {package}")
+    if recipe.use_vllm:
+        check_installed("vllm")
+    if recipe.load_in_4bit:
+        check_installed("bitsandbytes")
 
 
 def check_memory(parts: dict[str, float], recipe: Recipe, free: float, card: float) -> None:
@@ -220,6 +217,10 @@ def model_error(model: str, error: Exception) -> UserError:
 
 def preflight(recipe: Recipe, config) -> None:
     """Prints what will run on what. Raises UserError where it cannot run. `config`: the model's, of transformers."""
+    if "8bit" in recipe.optim:
+        check_installed("bitsandbytes")
+    if recipe.report_to in ("tensorboard", "wandb", "trackio"):
+        check_installed(recipe.report_to)
     free, total = (size / GIB for size in torch.cuda.mem_get_info()) if GPU else (0.0, 0.0)
     card = min(recipe.vram_gib or total, total)
     parts = estimate_memory(config, recipe, card)

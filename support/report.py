@@ -89,7 +89,6 @@ class Report(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.update(state.global_step)
         self.step_start = time.perf_counter()
         self.seconds = []
         # A resumed run takes its rate from the recipe, which may have changed, not from the optimiser's state.
@@ -253,7 +252,7 @@ def draw_reward_curve(out: Path) -> None:
         )
         share.set(ylabel="share of completions", ylim=(0, 1))
         total.legend(loc="lower right")
-        parts.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="running means")
+        parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=3, frameon=False)
         length.legend(handles=lines, loc="upper right")
         for axes in (total, parts, length):
             axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from test_runs import SHORT, TINY, assert_user_error, jsonl, run
+from test_runs import SHORT, TINY, jsonl
 from test_train_grpo import QWEN_7B
 
 import train_grpo
@@ -36,7 +36,7 @@ def t4(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    monkeypatch.setattr(preflight, "is_installed", lambda package: True)
+    monkeypatch.setattr(preflight, "check_installed", lambda package: None)
     return monkeypatch
 
 
@@ -77,19 +77,12 @@ def test_bfloat16_on_a_t4(t4):
         preflight.compute_dtype(Recipe(dtype="bfloat16"))
 
 
-@pytest.mark.parametrize(
-    "package, changes",
-    [
-        ("vllm", {}),
-        ("bitsandbytes", {"use_vllm": False}),
-        ("bitsandbytes", {"load_in_4bit": False}),  # for the 8-bit optimiser
-        ("tensorboard", {"report_to": "tensorboard"}),
-        ("wandb", {"report_to": "wandb"}),
-        ("trackio", {"report_to": "trackio"}),
-    ],
-)
+@pytest.mark.parametrize("package, changes", [("vllm", {"load_in_4bit": False}), ("bitsandbytes", {"use_vllm": False})])
 def test_a_missing_package(t4, package, changes):
-    t4.setattr(preflight, "is_installed", lambda name: name != package)
+    t4.undo()  # find_spec again, and neither is in requirements-cpu.txt
+    t4.setattr(preflight, "GPU", True)
+    t4.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    t4.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
     with pytest.raises(UserError, match=f"{package} is not installed, .*pip install {package}"):
         check_machine(Recipe(**changes))
 
@@ -137,11 +130,20 @@ def test_out_of_memory_is_known_by_its_words():
     assert not is_out_of_memory(OSError("out of memory"))
 
 
-def test_a_logger_that_is_not_installed(tmp_path):
-    if preflight.is_installed("wandb"):
-        pytest.skip("wandb is installed")
-    result = run(*TINY, "--report_to", "wandb", "--output_dir", tmp_path / "out")
-    assert_user_error(result, "wandb is not installed", "pip install wandb")
+@pytest.mark.parametrize(
+    "arguments, package",
+    [
+        (["--report_to", "wandb"], "wandb"),
+        (["--report_to", "trackio"], "trackio"),
+        (["--optim", "adamw_8bit"], "bitsandbytes"),
+    ],
+)
+def test_a_package_that_only_this_recipe_needs(monkeypatch, tmp_path, arguments, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
+    with pytest.raises(UserError, match=f"{package} is not installed.*: pip install {package}") as error:
+        in_process(monkeypatch, *arguments, "--output_dir", tmp_path / "out")
+    one_line(error)
+    assert not (tmp_path / "out").exists()
 
 
 # --- a policy that diverges --------------------------------------------------------------------------
