@@ -144,7 +144,9 @@ def nvidia_driver() -> str | None:
 
 def check_installed(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed, and this recipe needs it: pip install {package}")
+        raise UserError(
+            f"{package} is not installed, and this recipe needs it: pip install -c constraints.txt {package}"
+        )
 
 
 def check_machine(recipe: Recipe) -> None:

@@ -83,7 +83,7 @@ def test_a_missing_package(t4, package, changes):
     t4.setattr(preflight, "GPU", True)
     t4.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     t4.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
-    with pytest.raises(UserError, match=f"{package} is not installed, .*pip install {package}"):
+    with pytest.raises(UserError, match=f"{package} is not installed, .*pip install -c constraints.txt {package}"):
         check_machine(Recipe(**changes))
 
 
@@ -140,7 +140,9 @@ def test_out_of_memory_is_known_by_its_words():
 )
 def test_a_package_that_only_this_recipe_needs(monkeypatch, tmp_path, arguments, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
-    with pytest.raises(UserError, match=f"{package} is not installed.*: pip install {package}") as error:
+    with pytest.raises(
+        UserError, match=f"{package} is not installed.*: pip install -c constraints.txt {package}"
+    ) as error:
         in_process(monkeypatch, *arguments, "--output_dir", tmp_path / "out")
     one_line(error)
     assert not (tmp_path / "out").exists()
