@@ -74,32 +74,25 @@ def main() -> None:
     if args.backend:
         return measure(args)
 
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for backend in ("vLLM", "transformers") if args.cuda else ("transformers",):
-            path = Path(folder) / "results.json"
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.generation",
-                *sys.argv[1:],
-                "--backend",
-                backend,
-                "--json",
-                path,
-            ]
-            subprocess.run(command, check=True)
-            results |= json.loads(path.read_text())
     card = torch.cuda.get_device_name() if args.cuda else "CPU"
     print(f"{args.limit} questions, greedy, at most {args.max_new_tokens} tokens; {card}, torch {torch.__version__}")
-    reference = next(iter(results.values()))
-    for name, result in results.items():
-        seconds, median = result["seconds"], statistics.median(result["seconds"])
-        same = sum(a == b for a, b in zip(result["texts"], reference["texts"], strict=True))
-        print(
-            f"{name:30}{median:8.2f} s ({min(seconds):.2f} to {max(seconds):.2f}){result['tokens'] / median:10.0f} tokens/s"
-            f"{median / statistics.median(reference['seconds']):8.1f} ×  {same} answers the same, strict {result['strict']:.1%}"
-        )
+    reference = None
+    for backend in ("vLLM", "transformers") if args.cuda else ("transformers",):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.json"
+            options = [*sys.argv[1:], "--backend", backend, "--json", path]
+            subprocess.run([sys.executable, "-m", "benchmarks.generation", *options], check=True)
+            results = json.loads(path.read_text())
+        for name, result in results.items():
+            reference = reference or result
+            seconds, median = result["seconds"], statistics.median(result["seconds"])
+            same = sum(a == b for a, b in zip(result["texts"], reference["texts"], strict=True))
+            print(
+                f"{name:30}{median:8.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+                f"{result['tokens'] / median:10.0f} tokens/s{median / statistics.median(reference['seconds']):8.1f} ×  "
+                f"{same} answers the same, strict {result['strict']:.1%}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def draw_reward_curve(out: Path) -> None:
         share.set(ylabel="share of completions", ylim=(0, 1))
         total.legend(loc="lower right")
         parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=3, frameon=False)
-        length.legend(handles=lines, loc="upper right")
+        length.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, frameon=False)
         for axes in (total, parts, length):
             axes.grid(alpha=0.3)
         partial = out / "reward_curve.partial.png"  # whoever looks at the picture never sees half of one
