@@ -47,7 +47,7 @@ if GPU:
     # unsloth unrolls its loss into 4 chunks an answer and has torch.compile trace all of them: minutes before the first
     # step, more for larger micro-batches, to save milliseconds afterwards. vLLM's own compilation stays on.
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
-    if torch.cuda.get_device_capability() < (8, 0):  # T4, V100: no FlashAttention 2; XFORMERS fails at the first token
+    if torch.cuda.get_device_capability() < (8, 0):  # T4: no FlashAttention 2; XFORMERS fails at the first token
         os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
     from unsloth import FastLanguageModel  # before trl, transformers and peft, which it patches
 
