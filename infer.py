@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
@@ -104,7 +105,8 @@ def generate(
             )
             for i in range(len(texts))
         ]
-        lora = LoRARequest("adapter", 2**30, str(adapter)) if adapter else None  # unsloth counts its own from 1
+        # An id for each folder: vLLM keeps what it read under an id, and unsloth counts its own from 1.
+        lora = LoRARequest("adapter", 2**30 + zlib.crc32(str(adapter).encode()) // 4, str(adapter)) if adapter else None
         if on_text:
             outputs = [_stream_vllm(model.vllm_engine.llm_engine, texts[0], sampling[0], lora, on_text)]
         else:

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="tiny/questions")
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 400])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[400, 64])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", choices=["vLLM", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)

@@ -1,0 +1,120 @@
+"""The preflight's estimate of GPU memory against what a run takes, over a grid of settings.
+
+    python -m benchmarks.memory --model MODEL --dataset DATASET --grid num_generations=6,8 max_completion_length=128,256 lora_rank=16,32 [--SETTING VALUE ...]
+
+Every combination of the grid runs two steps of train_grpo.py (the second has the optimiser's state from its beginning). Settings that only the model's loading
+depends on (lora_rank, vram_gib, gpu_memory_utilization, load_in_4bit) get a process for each of their combinations; the others
+are run one after the other with the same model in memory, longest completions first in vLLM's plan. Combinations that make no sense (micro-batches that do
+not divide the completions) are left out. A model with random weights never ends its answers: the worst case.
+
+reserved: the most that PyTorch held, plus what the process holds outside of it (the CUDA context). allocated: the most
+that was in use at once, of what PyTorch held.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LOADING = ["lora_rank", "vram_gib", "gpu_memory_utilization", "load_in_4bit"]
+
+
+def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) -> None:
+    """All `points` (settings by name) with one model in memory: appends a line for each to `json_file`."""
+    import torch
+    from transformers import AutoConfig
+
+    import support.preflight
+    import train_grpo
+    from data import UserError
+    from support.preflight import GIB, GPU, estimate_memory, is_out_of_memory
+
+    def parse(point):
+        return train_grpo.parse_recipe(
+            [*settings, *(part for name, value in point.items() for part in (f"--{name}", value))]
+        )
+
+    recipes = []
+    for point in points:
+        with contextlib.suppress(UserError):
+            recipes.append((point, parse(point)))
+    longest = max((recipe for _, recipe in recipes), key=lambda r: r.max_prompt_length + r.max_completion_length)
+    most = max(recipe.prompts_per_step * recipe.num_generations for _, recipe in recipes)
+    base, tokenizer = train_grpo.load_base_model(longest, most)
+    model = train_grpo.attach_lora(base, longest)
+    train_grpo.load_base_model = lambda *args: (base, tokenizer)
+    train_grpo.attach_lora = lambda *args: model
+    support.preflight.check_memory = lambda *args: None  # what is estimated too large shall be tried
+    config = AutoConfig.from_pretrained(longest.model)
+    for point, recipe in recipes:
+        total = torch.cuda.mem_get_info()[1] / GIB if GPU else 0.0
+        card = min(recipe.vram_gib or total, total)
+        parts = estimate_memory(config, recipe, card)
+        if GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        line = point | {"parts": parts, "estimate": sum(parts.values())}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                recipe.output_dir = folder
+                train_grpo.run(recipe)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            line["error"] = "out of memory"
+        if GPU:
+            free, total = torch.cuda.mem_get_info()
+            outside = (total - free - torch.cuda.memory_reserved()) / GIB
+            line |= {
+                "reserved": torch.cuda.max_memory_reserved() / GIB + outside,
+                "allocated": torch.cuda.max_memory_allocated() / GIB + outside,
+                "outside": outside,
+            }
+        else:
+            line |= {"reserved": float("nan"), "allocated": float("nan"), "outside": float("nan")}
+        with json_file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", nargs="+", required=True, metavar="SETTING=VALUE,VALUE", help="what to vary")
+    parser.add_argument("--json", type=Path, help="append a line for each combination here")
+    parser.add_argument("--points", help=argparse.SUPPRESS)
+    args, settings = parser.parse_known_args()
+    if args.points:
+        return measure(settings, json.loads(args.points), args.json)
+    grid = {name: values.split(",") for name, _, values in (axis.partition("=") for axis in args.grid)}
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+    def loading(point):
+        return [point.get(name, "") for name in LOADING]
+
+    quick = ["--max_steps", "2", "--eval_samples", "1", "--save_steps", "1000000", "--sample_steps", "1000000"]
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (_, group) in enumerate(itertools.groupby(sorted(points, key=loading), key=loading)):
+            path = Path(folder, f"{number}.jsonl")
+            command = [sys.executable, "-m", "benchmarks.memory", "--grid", "-", *settings, *quick]
+            result = subprocess.run([*command, "--points", json.dumps(list(group)), "--json", str(path)])
+            if path.exists():
+                lines += [json.loads(line) for line in path.read_text().splitlines()]
+            if result.returncode:
+                print(f"a process ended with status {result.returncode}; what it had measured is below", flush=True)
+    if args.json:
+        with args.json.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    heads = [*grid, "estimate", "reserved", "allocated", "estimate/reserved"]
+    print("".join(f"{head:>{max(len(head), 9) + 2}}" for head in heads))
+    for line in lines:
+        row = [line[name] for name in grid] + [f"{line[name]:.2f}" for name in ("estimate", "reserved", "allocated")]
+        row.append(f"{line['estimate'] / line['reserved'] - 1:+.1%}" if "error" not in line else line["error"])
+        print("".join(f"{value:>{max(len(head), 9) + 2}}" for head, value in zip(heads, row, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Where the seconds of a training run go: variants side by side on one card, each in a process of its own.
+
+    python -m benchmarks.training ours article trl --model MODEL --dataset DATASET --max_completion_length 200 [--SETTING VALUE ...]
+
+ours      train_grpo.py with recipes/t4.yaml
+article   train_grpo.py with recipes/article.yaml
+trl       ours, but the model loaded by transformers and PEFT, and transformers generates: TRL as it comes, QLoRA
+trl_vllm  ours, but the model loaded by transformers and PEFT, and TRL's own colocated vLLM generates
+
+--SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
+empty caches for compiled code (a step or two), then with those caches. Prints the seconds from the start of the process
+to the first optimiser step, cold and warm; of the steps after the second, the median seconds, how they divide, completions
+and tokens a second; peak memory; and the least that the card could need for such a step:
+
+  generation: each token of the longest completion reads the weights once, at the measured bandwidth;
+  training: 4 floating-point operations a weight and token (forward, and backward through frozen weights), at the
+  measured matrix rate, for prompts and completions, the output layer for completions only.
+"""
+
+import argparse
+import importlib.machinery
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+CONFIGS = {
+    "ours": "recipes/t4.yaml",
+    "article": "recipes/article.yaml",
+    "trl": "recipes/t4.yaml",
+    "trl_vllm": "recipes/t4.yaml",
+}
+CACHES = ["VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION"]
+
+
+def measure(variant: str, settings: list[str], started: float, json_file: Path) -> None:
+    """One variant, in this process: writes what it measured to `json_file`."""
+    from support.preflight import GIB, GPU, check_machine, compute_dtype, parameter_counts
+
+    plain = variant.startswith("trl")
+    if plain:  # train_grpo.py then finds TRL as it comes
+        unsloth = types.ModuleType("unsloth")
+        unsloth.FastLanguageModel, unsloth.__spec__ = None, importlib.machinery.ModuleSpec("unsloth", None)
+        sys.modules["unsloth"] = unsloth
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    import train_grpo
+
+    recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings])
+    if variant == "trl":
+        recipe.use_vllm = False
+    marks, steps, parts = {"imported": time.time() - started}, [], {}
+
+    def timed(name, function):
+        def wrapper(*args, **kwargs):
+            if GPU:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if GPU:
+                torch.cuda.synchronize()
+            parts[name] = parts.get(name, 0) + time.perf_counter() - start
+            return result
+
+        return wrapper
+
+    def load(recipe, max_num_seqs):
+        check_machine(recipe)
+        if recipe.vram_gib:
+            share = (recipe.vram_gib - train_grpo.CUDA_GIB) / (torch.cuda.mem_get_info()[1] / GIB)
+            torch.cuda.set_per_process_memory_fraction(share)
+        model = AutoModelForCausalLM.from_pretrained(
+            recipe.model, dtype=compute_dtype(recipe), device_map={"": 0} if GPU else None
+        )
+        return model, AutoTokenizer.from_pretrained(recipe.model)
+
+    load_base_model, training_arguments = load if plain else train_grpo.load_base_model, train_grpo.training_arguments
+
+    def load_and_mark(*args):
+        loaded = load_base_model(*args)
+        marks["loaded"] = time.time() - started
+        return loaded
+
+    def arguments(recipe):
+        config = training_arguments(recipe)
+        if variant == "trl_vllm":
+            share = (recipe.vram_gib or torch.cuda.mem_get_info()[1] / GIB) / (torch.cuda.mem_get_info()[1] / GIB)
+            config.vllm_gpu_memory_utilization = recipe.gpu_memory_utilization * share
+        return config
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            marks.setdefault("training", time.time() - started)
+            parts.clear()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if GPU:
+                torch.cuda.synchronize()
+            marks.setdefault("first step", time.time() - started)
+            steps.append({"step": time.perf_counter() - self.start, **parts})
+
+    class Timed(train_grpo.GRPOTrainer):
+        def __init__(self, model, **kwargs):
+            if plain:
+                rank = recipe.lora_rank
+                kwargs["peft_config"] = train_grpo.LoraConfig(
+                    r=rank, lora_alpha=rank, target_modules=train_grpo.LORA_TARGETS, task_type="CAUSAL_LM"
+                )
+            super().__init__(model=model, **kwargs)
+            self.add_callback(Clock())
+            for name, method in {
+                "generate and score": "_generate_and_score_completions",
+                "generation": "_generate_single_turn",
+                "scoring": "_calculate_rewards",
+            }.items():
+                setattr(self, method, timed(name, getattr(self, method)))
+            # How the new LoRA gets into the engine: unsloth hands it over with each call, TRL merges it into its copy.
+            if hasattr(self, "vllm_generation"):  # TRL 1
+                self.vllm_generation.sync_weights = timed("sync", self.vllm_generation.sync_weights)
+            elif hasattr(self, "_move_model_to_vllm"):
+                self._move_model_to_vllm = timed("sync", self._move_model_to_vllm)
+            if hasattr(self.model, "load_lora"):
+                self.model.load_lora = timed("sync", self.model.load_lora)
+
+    train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.GRPOTrainer = load_and_mark, arguments, Timed
+    if plain:  # the estimate is for unsloth's and vLLM's shared weights, and TRL adds the LoRA itself
+        train_grpo.preflight = lambda *args: None
+        train_grpo.attach_lora = lambda model, recipe: model
+    train_grpo.run(recipe)
+
+    metrics = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    for step, logged in zip(steps, metrics, strict=True):
+        step["completions"] = recipe.prompts_per_step * recipe.num_generations
+        step["tokens"] = logged["completions/mean_length"] * step["completions"]
+        step["longest"] = logged["completions/max_length"]
+    steps[0]["all tokens"] = metrics[0]["num_tokens"]
+    for step, before, logged in zip(steps[1:], metrics, metrics[1:], strict=False):
+        step["all tokens"] = logged["num_tokens"] - before["num_tokens"]
+    free, total = (size / GIB for size in torch.cuda.mem_get_info()) if GPU else (0, 0)
+    _, linear, embeddings = parameter_counts(AutoConfig.from_pretrained(recipe.model), recipe.lora_rank)
+    tied = AutoConfig.from_pretrained(recipe.model).tie_word_embeddings
+    result = {
+        "variant": variant,
+        "settings": settings,
+        "marks": marks,
+        "steps": steps,
+        "gib": metrics[-1]["gib"],
+        "card_gib": total - free,
+        "linear": linear,
+        "output_layer": embeddings if tied else embeddings // 2,
+        "bytes": torch.finfo(compute_dtype(recipe)).bits / 8,  # of a weight; NF4's 4.127 bits only in the linear layers
+        "linear_bytes": 4.127 / 8 if recipe.load_in_4bit else torch.finfo(compute_dtype(recipe)).bits / 8,
+        "dtype": str(compute_dtype(recipe)).removeprefix("torch."),
+    }
+    json_file.write_text(json.dumps(result))
+
+
+def card_rates(dtype: str) -> tuple[float, float]:
+    """Bytes a second that a large copy reads and writes, and operations a second of a large matrix product."""
+    code = f"""
+import torch, time
+device = "cuda" if torch.cuda.is_available() else "cpu"
+n, m = (8192, 2**30) if device == "cuda" else (1024, 2**26)
+a = torch.randn(n, n, device=device, dtype=torch.{dtype}); b = torch.empty(m, dtype=torch.uint8, device=device); c = b.clone()
+def seconds(work):
+    times = []
+    for _ in range(10):
+        start = time.perf_counter(); work()
+        if device == "cuda": torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[5]
+print(2 * m / seconds(lambda: c.copy_(b)), 2 * n**3 / seconds(lambda: a @ a))
+"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    bandwidth, rate = map(float, output.split())
+    return bandwidth, rate
+
+
+def floor_seconds(result: dict, step: dict, bandwidth: float, rate: float) -> tuple[float, float]:
+    """The least seconds of generation and of training for `step`."""
+    weights = result["linear"] * result["linear_bytes"] + result["output_layer"] * result["bytes"]
+    operations = 4 * (result["linear"] * step["all tokens"] + result["output_layer"] * step["tokens"])
+    return step["longest"] * weights / bandwidth, operations / rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", choices=CONFIGS)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cold", action=argparse.BooleanOptionalAction, default=True, help="also start with no caches")
+    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
+    args, settings = parser.parse_known_args()
+    if args.child:
+        return measure(args.variants[0], settings, args.child, args.json)
+
+    results, rates = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in args.variants:
+            caches = {name: str(Path(folder, variant, name)) for name in CACHES} if args.cold else {}
+            result = {}
+            for start in ("cold", "warm") if args.cold else ("warm",):
+                path = Path(folder, f"{variant}-{start}.json")
+                steps = ["--max_steps", str(args.steps if start == "warm" else 1)]
+                steps += ["--output_dir", str(Path(folder, f"{variant}-{start}"))]
+                quick = ["--eval_samples", "8", "--save_steps", "1000000", "--sample_steps", "1000000"]
+                command = [sys.executable, "-m", "benchmarks.training", variant, *quick, *settings, *steps]
+                command += ["--json", str(path), "--child", str(time.time())]
+                print(f"--- {variant}, {start}", flush=True)
+                if subprocess.run(command, env=os.environ | caches).returncode:
+                    break
+                measured = json.loads(path.read_text())
+                result |= measured | {f"{start} marks": measured["marks"]}
+            else:
+                result["name"] = variant
+                results.append(result)
+    if args.json:
+        args.json.write_text(json.dumps(results))
+
+    heads = [
+        "cold",
+        "warm",
+        "loaded",
+        "step",
+        "generation",
+        "sync",
+        "scoring",
+        "other",
+        "training",
+        "compl./s",
+        "tokens/s",
+    ]
+    print(f"\n{'seconds':10}" + "".join(f"{head:>11}" for head in [*heads, "GiB", "card GiB", "floor", "over floor"]))
+    for result in results:
+        if result["dtype"] not in rates:
+            rates[result["dtype"]] = card_rates(result["dtype"])
+        steady = result["steps"][2:] or result["steps"][-1:]
+
+        def median(name, steady=steady):
+            return statistics.median(step.get(name, 0) for step in steady)
+
+        rounds, sync, generation = median("generate and score"), median("sync"), median("generation")
+        floor = sum(floor_seconds(result, steady[-1], *rates[result["dtype"]]))
+        row = [
+            result.get("cold marks", {}).get("first step", float("nan")),
+            result["warm marks"]["first step"],
+            result["warm marks"]["loaded"],
+            median("step"),
+            generation - sync,
+            sync,
+            median("scoring"),
+            rounds - generation - median("scoring"),
+            median("step") - rounds,
+            median("completions") / median("step"),
+            median("tokens") / median("step"),
+            result["gib"],
+            result["card_gib"],
+            floor,
+            median("step") / floor,
+        ]
+        print(f"{result['name']:10}" + "".join(f"{value:11.2f}" for value in row))
+        spread = [step["step"] for step in steady]
+        print(f"{'':10}  steps {min(spread):.2f} to {max(spread):.2f} s")
+    for dtype, (bandwidth, rate) in rates.items():
+        print(f"measured: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.1f} TFLOP/s in {dtype}")
+
+
+if __name__ == "__main__":
+    main()
