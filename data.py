@@ -4,16 +4,19 @@
 and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and `answer` (str).
 """
 
+import glob
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets.utils.logging import CRITICAL, set_verbosity
 
 from rewards import label_number
 
 disable_progress_bars()  # a few thousand rows take a second
+set_verbosity(CRITICAL)  # what cannot be read is said once, by this file
 
 HUB_ID = "swulling/gsm8k_chinese"  # 7,473 train and 1,319 test questions, MIT licence
 REVISION = "main"  # of HUB_ID; a commit of it goes here to pin the questions for good
@@ -109,7 +112,7 @@ def load_questions(
     )
     if len(fitting) == 0:
         raise UserError(
-            f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens: raise --max_prompt_length."
+            f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens, the recipe's max_prompt_length: raise it."
         )
     if len(fitting) < len(questions):
         print(
@@ -136,7 +139,9 @@ def load_rows(dataset: str, split: str) -> Dataset:
         if path.is_file():
             if path.suffix not in FILE_TYPES:
                 raise UserError(f"cannot read {dataset}: its name ends in none of {', '.join(FILE_TYPES)}.")
-            return load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split=split)
+            if path.stat().st_size == 0:
+                raise UserError(f"{dataset} is empty.")
+            return load_dataset(FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split=split)
         if path.is_dir():
             return load_dataset(str(path), split=split)
         if path.is_absolute() or path.suffix in FILE_TYPES or dataset.startswith("."):

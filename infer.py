@@ -15,6 +15,7 @@ wrote beside the adapter. vLLM through unsloth generates on a GPU, transformers 
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from data import (
     ANSWER_COLUMNS,
+    FILE_TYPES,
     QUESTION_COLUMNS,
     UserError,
     fail,
@@ -151,10 +153,14 @@ def generate(
 def _stream_vllm(engine, text: str, sampling, lora, on_text: Callable[[str], None]):
     engine.add_request("ask", text, sampling, lora_request=lora)
     shown = 0
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            on_text(output.outputs[0].text[shown:])
-            shown = len(output.outputs[0].text)
+    try:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                on_text(output.outputs[0].text[shown:])
+                shown = len(output.outputs[0].text)
+    except BaseException:  # Ctrl-C: the engine is asked again
+        engine.abort_request(["ask"])
+        raise
     return output
 
 
@@ -324,11 +330,11 @@ def read_questions(file: str) -> tuple[list[str], list]:
     questions = rows[find_column(rows, QUESTION_COLUMNS, file)][:]
     labels = next((rows[name][:] for name in ANSWER_COLUMNS if name in rows.column_names), [None] * len(questions))
     if file.endswith(".txt"):
-        questions = [question for question in questions if question.strip()]
+        questions = [question.strip("\ufeff") for question in questions if question.strip("\ufeff \t")]
         labels = [None] * len(questions)
     for number, (question, label) in enumerate(zip(questions, labels, strict=True), start=1):
         if not isinstance(question, str) or not question.strip():
-            raise UserError(f"question {number} of {file} is empty: remove it.")
+            raise UserError(f"question {number} of {file} is empty or not text: correct or remove it.")
         if label is not None and label_number(label) is None:
             raise UserError(
                 f"question {number} of {file} has the answer {label!r}, which is not one number: correct it."
@@ -342,16 +348,24 @@ def resume_output(output: Path, questions: list[str], settings: dict) -> int:
     """How many questions of an earlier, perhaps killed, run stand in `output`; a half-written last line is cut off."""
     if not output.exists():
         return 0
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        content = output.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {output}: {error.strerror}. Give another --output.") from error
+    whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     try:
         records = [json.loads(line) for line in whole.splitlines()]
-        if not content[len(whole) :].startswith(b'{"index": '[: len(content) - len(whole)]):
+        last = []  # a line that only lacks its end is answered anew, but it must be one of ours
+        with contextlib.suppress(ValueError):
+            last = [json.loads(rest)]
+        if not rest.startswith(b'{"index": '[: len(rest)]):
             raise ValueError
-        if not all(r["question"] == questions[r["index"]] and r["index"] == i for i, r in enumerate(records)):
+        if not all(r["question"] == questions[r["index"]] and r["index"] == i for i, r in enumerate(records + last)):
             raise ValueError
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{output} does not hold answers to these questions: give another --output.") from error
+        raise UserError(
+            f"{output} holds something else than answers to these {len(questions)} questions: give another --output."
+        ) from error
     other = [name for name, value in settings.items() if records and records[0].get(name) != value]
     if other:
         raise UserError(
@@ -391,7 +405,8 @@ def add_adapter(model, adapter: Path):
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter {adapter} cannot be put into this model: {error}".split("\n")[0]) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the adapter {adapter} cannot be put into this model: {reason}") from error
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -430,9 +445,16 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"{' and '.join(jobs)} cannot go together: give one of them.")
     if args.question is not None and not args.question.strip():
         raise UserError("the question is empty.")
-    for name, least in {"limit": 1, "max_new_tokens": 1, "temperature": 0, "samples": 1, "seed": 0}.items():
+    for name in ("input", "eval"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} is empty: give it a value.")
+    for name, least in {"limit": 1, "max_new_tokens": 1, "samples": 1}.items():
         if getattr(args, name) is not None and not getattr(args, name) >= least:
             raise UserError(f"--{name} {getattr(args, name)} is too small: give {least} or more.")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed} must lie from 0 to {2**32 - 1}.")
+    if args.temperature is not None and not (args.temperature == 0 or 0.01 <= args.temperature <= 10):
+        raise UserError(f"--temperature {args.temperature} must be 0, which is greedy, or lie from 0.01 to 10.")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p} must lie above 0 and not above 1.")
     if args.samples > 1 and args.temperature == 0:
@@ -445,6 +467,12 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--compare, --merge and --gguf need an --adapter.")
     if args.json and not args.eval:
         raise UserError("--json takes the figures of --eval: give both.")
+    if args.json and args.json.exists() and Path(args.eval).exists() and args.json.samefile(args.eval):
+        raise UserError(f"--json {args.json} would write over the questions of --eval: give another file.")
+    if args.eval and Path(args.eval).suffix in FILE_TYPES and not Path(args.eval).is_file():
+        raise UserError(f"there is no file {args.eval}.")
+    if args.model and (Path(args.model) / "adapter_config.json").is_file():
+        raise UserError(f"--model {args.model} is an adapter: give it as --adapter {args.model}.")
     if args.compare and args.input:
         raise UserError("--compare works with a question or --eval: run --input twice, with and without --adapter.")
     for path in (args.json, args.output):
@@ -481,7 +509,10 @@ def main() -> None:
             recipe = load_recipe(beside)
         else:
             recipe.model = base
+            recipe.load_in_4bit = recipe.use_vllm = GPU
         recipe.lora_rank = rank
+        if args.model and args.model != base:
+            print(f"note: the adapter was trained on {base}, and is used on {args.model}", file=sys.stderr)
     recipe.model = args.model or recipe.model
     if args.model and not GPU:  # the recipe's are for a GPU
         recipe.load_in_4bit = recipe.use_vllm = False
@@ -498,10 +529,17 @@ def main() -> None:
         "top_p": args.top_p,
         "max_new_tokens": recipe.max_completion_length,
         "seed": args.seed,
+        "scored": args.rewards,
+        "prompt_sha256": hashlib.sha256(recipe.system_prompt.encode()).hexdigest()[:12],
     }
-    done = resume_output(args.output, questions, settings) if args.input else 0
     if args.adapter:
         check_adapter(args.adapter, recipe.model)
+        weights = (args.adapter / "adapter_model.safetensors").read_bytes()  # trained anew, it is another one
+        settings["adapter_sha256"] = hashlib.sha256(weights).hexdigest()[:12]
+    done = resume_output(args.output, questions, settings) if args.input else 0
+    if args.input and done == len(questions):
+        print(f"All {done} questions are answered in {args.output} already.")
+        return
     if args.merge or args.gguf:
         return export(args, recipe)
 
@@ -519,7 +557,7 @@ def main() -> None:
         if length + recipe.max_completion_length > context:
             raise UserError(
                 f"the prompt of {name} has {length} tokens, and {context} hold the prompt and {recipe.max_completion_length} "
-                "new tokens: shorten it."
+                "new tokens: shorten it, or give fewer --max_new_tokens."
             )
 
     def answer(prompts: list, adapter, first: int = 0, on_text=None) -> list[Completion]:
@@ -529,6 +567,10 @@ def main() -> None:
         return generate(model, tokenizer, repeated, length, temperature, args.top_p, seed, adapter, on_text)
 
     def ask(question: str) -> None:
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:  # bytes that are not UTF-8 arrive as lone surrogates
+            raise UserError("the question is not in UTF-8: set the terminal to it, or convert the file.") from error
         prompt = to_prompt(question, recipe.system_prompt)
         check_length(prompt, "the question")
         if args.show_prompt:
@@ -575,18 +617,34 @@ def main() -> None:
         for number, prompt in enumerate(prompts, start=1):
             check_length(prompt, f"question {number} of {args.input}")
         batch = max((512 if GPU else 64) // args.samples, 1)
-        with args.output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="") as bar:
+        with tqdm(total=len(prompts), initial=done, unit="") as bar:
             for start in range(done, len(prompts), batch):
                 completions = answer(prompts[start : start + batch], args.adapter, first=start)
-                for i, question in enumerate(questions[start : start + batch]):
-                    group = completions[i * args.samples : (i + 1) * args.samples]
-                    record = to_record(start + i, question, labels[start + i], group, args.rewards) | settings
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                bar.update(len(prompts[start : start + batch]))
+                records = [
+                    to_record(
+                        start + i,
+                        question,
+                        labels[start + i],
+                        completions[i * args.samples : (i + 1) * args.samples],
+                        args.rewards,
+                    )
+                    for i, question in enumerate(questions[start : start + batch])
+                ]
+                try:
+                    with args.output.open("a", encoding="utf-8") as file:
+                        for record in records:
+                            file.write(json.dumps(record | settings, ensure_ascii=False) + "\n")
+                        file.flush()
+                        os.fsync(file.fileno())
+                except OSError as error:
+                    raise UserError(
+                        f"cannot write to {args.output}: {error.strerror}. What it holds stays; the same command goes on from there."
+                    ) from error
+                bar.update(len(records))
     elif args.question is not None:
         ask(args.question)
+    elif sys.stdin is None:
+        raise UserError("there is no question, and no standard input to read one from.")
     elif sys.stdin.isatty():
         import readline  # noqa: F401  line editing and history in input()
 
@@ -602,9 +660,10 @@ def main() -> None:
                         print()
         print()
     else:
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         for line in sys.stdin:
             if line.strip():
-                print(line.strip())
+                print(line.strip().encode(errors="replace").decode())
                 ask(line.strip())
 
 
@@ -647,7 +706,10 @@ def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
         results |= {"mcnemar": test}
     if args.json:
         figures = results if args.compare else next(iter(results.values()))
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        try:
+            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {args.json}: {error.strerror}.") from error
 
 
 def export(args, recipe) -> None:
@@ -664,8 +726,12 @@ def export(args, recipe) -> None:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").touch()  # that the folder takes files is known before the model is loaded
+        (out / "config.json").unlink()
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}.") from error
+    if GPU and args.model:
+        raise UserError("on a GPU the adapter is merged into the model that it names: leave out --model.")
     if GPU:
         from unsloth import FastLanguageModel
 
@@ -680,8 +746,11 @@ def export(args, recipe) -> None:
     else:
         model, tokenizer = load_base_model(recipe, max_num_seqs=1)
         model = add_adapter(model, args.adapter).merge_and_unload().to(torch.bfloat16)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        try:
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        except Exception as error:  # safetensors has types of its own
+            raise UserError(f"cannot write the model to {out}: {error}".split("\n")[0]) from error
     print(f"The merged model is in {out}.")
 
 

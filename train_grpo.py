@@ -24,6 +24,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ from support.checkpoints import (
     checkpoints,
     command,
     find_checkpoint,
+    flaw,
     go_back_to,
     step_of,
     write_json,
@@ -107,7 +109,9 @@ class Recipe:
     temperature: float = setting(1.0, "of sampling in training; 1.0 samples from the policy itself")
 
     learning_rate: float = setting(2e-5, "a LoRA takes about ten times the rate of full fine-tuning")
-    lr_scheduler: str = setting("cosine", "a transformers schedule: cosine, linear, constant_with_warmup, ...")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
+        "cosine", "how the learning rate goes on after that of the warmup"
+    )
     warmup_ratio: float = setting(0.05, "share of max_steps in which the learning rate rises from 0")
     optim: str = setting("adamw_8bit", "a transformers optimiser name; 8 bit saves 6 bytes a LoRA parameter")
     adam_beta1: float = setting(0.9, "of AdamW")
@@ -132,7 +136,7 @@ class Recipe:
     eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")
     save_steps: int = setting(50, "steps between checkpoints")
     sample_steps: int = setting(10, "steps between the sample answers that are printed")
-    report_to: str = setting("none", "also log to: tensorboard, wandb, trackio, ... (install it first)")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "also log to (install it first)")
     seed: int = setting(3407, "of the LoRA weights, the order of the questions and sampling")
 
 
@@ -348,10 +352,12 @@ def run(recipe: Recipe) -> None:
         check_same_run(recipe, checkpoint)
         written = out / "eval.json"
         evaluations = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-        if step_of(checkpoint) >= recipe.max_steps and "after" in evaluations:
+        if step_of(checkpoint) >= recipe.max_steps and "after" in evaluations and (out / "adapter").exists():
             print(f"The run in {out} is complete, with {step_of(checkpoint)} steps; --max_steps goes on from there.")
             print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
             return
+        if step_of(checkpoint) > recipe.max_steps:
+            raise UserError(f"{checkpoint} is past --max_steps {recipe.max_steps}: give {step_of(checkpoint)} or more.")
         print(f"resuming    after step {step_of(checkpoint)}, from {checkpoint}")
 
     # Preflight: all that can be known before anything slow.
@@ -364,6 +370,7 @@ def run(recipe: Recipe) -> None:
     config = training_arguments(recipe)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # that files can be made there, too
     except FileExistsError as error:
         raise UserError(f"--output_dir {out} is a file: give a folder.") from error
     except OSError as error:
@@ -401,28 +408,55 @@ def run(recipe: Recipe) -> None:
         )
         return evaluate(completions, list(test["answer"]))
 
-    # Evaluation before the first step; a resumed run has it already.
-    if checkpoint and "before" in evaluations:
-        evaluations = {"before": evaluations["before"]}
-    else:
-        evaluations = {"before": measure(None)}
-    write_json(out / "eval.json", evaluations)
-    print(evaluation_table(evaluations))
-    report.evaluations = evaluations
+    # Ctrl-C and SIGTERM in training finish the step and save a checkpoint. At any other time, and a second time, they do not wait.
+    def leave(signum, frame):
+        found = next((path for path in checkpoints(out) if not flaw(path)), None)
+        how = command(recipe, "--resume") if found else shlex.join([sys.executable, *sys.argv])
+        print(f"\n{signal.Signals(signum).name}: the newest checkpoint is {found}. Go on with: {how}", flush=True)
+        sys.exit(128 + signum)
 
-    # Training. Ctrl-C and SIGTERM finish the step and save a checkpoint; a second Ctrl-C does not wait.
     def stop(signum, frame):
         report.stop_signal = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        catch(leave)
         print(f"\n{signal.Signals(signum).name}: finishing this step, then saving a checkpoint", flush=True)
 
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    training_start = time.perf_counter()
+    def catch(handler) -> dict:
+        return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    handlers = catch(leave)
     try:
+        # Evaluation before the first step; a resumed run has it already.
+        if checkpoint and evaluations.get("before", {}).get("n") == len(test):
+            evaluations = {"before": evaluations["before"]}
+        else:
+            evaluations = {"before": measure(None)}
+        print(evaluation_table(evaluations))
+        write_json(out / "eval.json", evaluations)
+        report.evaluations = evaluations
+
+        # Training.
+        catch(stop)
+        training_start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
-        if not report.stop_signal:
-            trainer.model.save_pretrained(out / "adapter")
-            tokenizer.save_pretrained(out / "adapter")
+        training_seconds = time.perf_counter() - training_start
+        catch(leave)
+        if report.stop_signal:
+            print(f"stopped after step {trainer.state.global_step}; the checkpoint is in {checkpoints(out)[0]}")
+            print(f"continue with: {command(recipe, '--resume')}")
+            sys.exit(128 + report.stop_signal)
+        trainer.model.save_pretrained(out / "adapter")
+        tokenizer.save_pretrained(out / "adapter")
+
+        # The evaluation through the adapter as it was saved.
+        evaluations |= {
+            "after": measure(out / "adapter"),
+            "gpu": torch.cuda.get_device_name() if GPU else None,
+            "seconds": {"training": round(training_seconds, 1), "total": round(time.perf_counter() - start, 1)},
+            "versions": installed_versions(),
+        }
+        print(f"\n{len(test)} held-out questions, greedy, same prompt and parser before and after:")
+        print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
+        write_json(out / "eval.json", evaluations)
     except UserError:  # the policy has diverged, and is not worth keeping
         raise
     except Exception as error:
@@ -431,24 +465,8 @@ def run(recipe: Recipe) -> None:
     finally:
         if report.training_bar:  # or it would draw itself once more, after the error
             report.training_bar.close()
-    training_seconds = time.perf_counter() - training_start
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if report.stop_signal:
-        print(f"stopped after step {trainer.state.global_step}; the checkpoint is in {checkpoints(out)[0]}")
-        print(f"continue with: {command(recipe, '--resume')}")
-        sys.exit(128 + report.stop_signal)
-
-    # The evaluation through the adapter as it was saved.
-    evaluations |= {
-        "after": measure(out / "adapter"),
-        "gpu": torch.cuda.get_device_name() if GPU else None,
-        "seconds": {"training": round(training_seconds, 1), "total": round(time.perf_counter() - start, 1)},
-        "versions": installed_versions(),
-    }
-    write_json(out / "eval.json", evaluations)
-    print(f"\n{len(test)} held-out questions, greedy, same prompt and parser before and after:")
-    print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     ask = [sys.executable, "infer.py", "--adapter", str(out / "adapter"), test[0]["prompt"][-1]["content"]]
     print(f"\nThe LoRA is in {out}/adapter. Ask it: {shlex.join(ask)}")
 

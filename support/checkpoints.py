@@ -30,17 +30,24 @@ FIXED = ["model", "dataset", "system_prompt", "seed", "lora_rank", "load_in_4bit
 FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay"]
 
 
-def write_json(path: Path, content) -> None:
+UNFINISHED = "it was not finished"
+
+
+def write_text(path: Path, text: str) -> None:
     """In one piece: whoever is killed while writing leaves the old file as it was."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_recipe(recipe: Recipe) -> None:
     settings = dataclasses.asdict(recipe) | {"resume": ""}
     text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
-    (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
+    write_text(Path(recipe.output_dir) / "recipe.yaml", text)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -58,7 +65,7 @@ def mark_complete(checkpoint: Path, recipe: Recipe) -> None:
     files = {
         str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith("complete.json")
     }
     write_json(checkpoint / "complete.json", {"recipe": dataclasses.asdict(recipe), "files": files})
 
@@ -68,7 +75,7 @@ def flaw(checkpoint: Path) -> str | None:
     try:
         files = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
-        return "it was not finished"
+        return UNFINISHED
     except (OSError, ValueError, KeyError, TypeError):
         return "its complete.json is damaged"
     for name, digest in files.items():
@@ -84,21 +91,38 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
     out = Path(recipe.output_dir)
     found = checkpoints(out)
     if not recipe.resume:
-        if found or (out / "adapter").exists():
+        begun = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
+        if found or begun or (out / "adapter").exists():
+            this = [sys.executable, *sys.argv]
+            resumed = ["--resume"] if found else ["--resume", "auto"]
             raise UserError(
-                f"{out} already holds a run. Continue it: {command(recipe, '--resume')} or start another: "
-                f"{command(recipe, '--output_dir', f'{out}-2')}"
+                f"{out} already holds a run. Continue it: {shlex.join([*this, *resumed])} or start another: "
+                f"{shlex.join([*this, '--output_dir', f'{out}-2'])}"
             )
         return None
     if recipe.resume in ("newest", "auto"):
+        reasons = set()
         for checkpoint in found:
             if not (reason := flaw(checkpoint)):
                 return checkpoint
             print(f"skipped     {checkpoint}: {reason}")
-        if recipe.resume == "auto":
-            return None
-        raise UserError(f"there is no checkpoint in {out} to continue from: leave --resume out, or give --resume auto.")
+            reasons.add(reason)
+        if recipe.resume == "newest":
+            raise UserError(
+                f"there is no checkpoint in {out} to continue from: --resume auto begins anew, or give another --output_dir."
+            )
+        if reasons - {UNFINISHED}:
+            raise UserError(
+                f"no checkpoint in {out} can be continued from: move them away, or give another --output_dir."
+            )
+        if (out / "adapter").exists():
+            raise UserError(
+                f"{out} holds a trained adapter and no checkpoint to go on from: give another --output_dir."
+            )
+        return None
     named = Path(recipe.resume)
+    if not named.exists() and (out / named).exists():
+        named = out / named
     if named.resolve() not in [path.resolve() for path in found]:
         held = ", ".join(path.name for path in found) or "none"
         raise UserError(f"--resume {named} is no checkpoint in {out}, which holds {held}.")
@@ -131,7 +155,10 @@ def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
             shutil.rmtree(later)
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if checkpoint:
-            write_json_lines(path, [line for line in read_json_lines(path) if line["step"] <= step])
+            content = path.read_bytes() if path.exists() else b""
+            lines = read_json_lines(path)
+            if not content.endswith(b"\n") or lines[-1]["step"] > step:
+                write_json_lines(path, [line for line in lines if line["step"] <= step])
         else:
             path.unlink(missing_ok=True)
     if checkpoint:
@@ -146,16 +173,22 @@ def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
 def command(recipe: Recipe, *arguments: str) -> str:
     """A shell command that runs this recipe again, with further `arguments`."""
     written = Path(recipe.output_dir) / "recipe.yaml"
-    return shlex.join([sys.executable, sys.argv[0], "--config", str(written), *arguments])
+    where = ["--config", str(written), "--output_dir", recipe.output_dir]  # the folder may have been moved
+    return shlex.join([sys.executable, sys.argv[0], *where, *arguments])
 
 
 def read_json_lines(path: Path) -> list[dict]:
     """The lines of a JSONL file; none if there is no file. A last line that was not finished is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    # not splitlines(), which also splits at U+2028 and its like, and a completion may hold them
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def write_json_lines(path: Path, records: list[dict], mode: str = "w") -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def write_json_lines(path: Path, records: list[dict], append: bool = False) -> None:
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if append:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        write_text(path, text)

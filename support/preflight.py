@@ -9,11 +9,14 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from data import UserError
 
@@ -112,14 +115,16 @@ def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> fl
     return recipe.max_steps * (generation + 3 * 6 * parameters * tokens / flops + 0.5) / 60
 
 
-def memory_advice(recipe: Recipe) -> str:
-    """The flags that save most, with values: three, less those that are as low as they go."""
+def memory_advice(recipe: Recipe, resumed: bool = False) -> str:
+    """The flags that save most, with values: three, less those that are as low as they go, or that a resumed run keeps."""
     completions = recipe.prompts_per_step * recipe.num_generations
     lower = {
         "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),
         "max_completion_length": max(recipe.max_completion_length * 3 // 4, 64),
         "lora_rank": 16 if recipe.lora_rank > 16 else 8,  # vLLM has kernels for 8, 16, 32, 64, ...
     }
+    if resumed or recipe.resume:
+        del lower["lora_rank"]
     flags = [f"--{name} {value}" for name, value in lower.items() if value < getattr(recipe, name)]
     return f"try {' or '.join(flags)}." if flags else "take a smaller --model."
 
@@ -144,9 +149,9 @@ def nvidia_driver() -> str | None:
 
 def check_installed(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{package} is not installed, and this recipe needs it: pip install -c constraints.txt {package}"
-        )
+        # an environment that uv made, as the notebook's, has no pip
+        pip = "pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {sys.executable}"
+        raise UserError(f"{package} is not installed, and this recipe needs it: {pip} -c constraints.txt {package}")
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -201,11 +206,30 @@ def check_disk(lora_gib: float, recipe: Recipe) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / GIB
     checkpoint = lora_gib * (1.5 if "8bit" in recipe.optim else 3) + 0.02  # and the tokenizer
-    needed = 4 * checkpoint + lora_gib  # three that are kept, one that is being written, the adapter
+    held = min(len(list(Path(recipe.output_dir).glob("checkpoint-*"))), 3)  # by a run that is resumed
+    needed = (4 - held) * checkpoint + lora_gib  # three that are kept, one that is being written, the adapter
     if needed > free:
+        smaller = "" if held else f", or try --lora_rank {max(recipe.lora_rank // 2, 1)}"
         raise UserError(
-            f"about {needed:.1f} GiB of disk are needed for checkpoints and {free:.1f} are free in {folder}: make room, give "
-            f"another --output_dir, or try --lora_rank {max(recipe.lora_rank // 2, 1)}."
+            f"about {needed:.1f} GiB of disk are needed for checkpoints and {free:.1f} are free in {folder}: make room, or give "
+            f"another --output_dir{smaller}."
+        )
+
+
+def check_disk_for_model(weight_gib: float, recipe: Recipe) -> None:
+    """Raises UserError where the model has to be downloaded and the hub's cache has no room for it."""
+    if Path(recipe.model).is_dir() or any(
+        try_to_load_from_cache(recipe.model, name) for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
+        return
+    folder = Path(HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / GIB
+    if weight_gib > free:
+        raise UserError(
+            f"about {weight_gib:.1f} GiB of disk are needed to download {recipe.model} and {free:.1f} are free in {folder}: make "
+            "room, or set HF_HOME to another folder."
         )
 
 
@@ -245,6 +269,7 @@ def preflight(recipe: Recipe, config) -> None:
         check_memory(parts, recipe, min(free + CUDA_GIB, card), card)
     lora, linear, embeddings = parameter_counts(config, recipe.lora_rank)
     check_disk(4 * lora / GIB, recipe)
+    check_disk_for_model(parts["weights"], recipe)
     completions = recipe.prompts_per_step * recipe.num_generations
     print(
         f"step        {recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions, "

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -59,6 +60,12 @@ def recording(reward_func, batch: dict):
     return wrapper
 
 
+def best_step(history: list[dict]) -> int | None:
+    """The last step of the ten with the highest mean reward, of several equal tens the latest; None before step 10."""
+    means = [sum(line["reward"] for line in history[i : i + 10]) / 10 for i in range(len(history) - 9)]
+    return max(zip(means, (line["step"] for line in history[9:]), strict=True))[1] if means else None
+
+
 def divergence(history: list[dict]) -> tuple[str, int] | None:
     """What is wrong after the steps in `history` (lines of metrics.jsonl), and the last step before it; None if nothing is.
 
@@ -72,9 +79,7 @@ def divergence(history: list[dict]) -> tuple[str, int] | None:
         return "20 steps of answers are all worth the same, and less than the first ones", history[-20]["step"] - 1
     means = [sum(rewards[i : i + 10]) / 10 for i in range(len(rewards) - 9)]
     if means and max(means) - means[-1] > max(0.5, max(means) / 2):
-        best = means.index(max(means))
-        reason = f"the mean reward of ten steps fell from {max(means):.2f} to {means[-1]:.2f}"
-        return reason, history[best + 9]["step"]
+        return f"the mean reward of ten steps fell from {max(means):.2f} to {means[-1]:.2f}", best_step(history)
     return None
 
 
@@ -97,8 +102,15 @@ class Report(ProgressCallback):
         for group, factor in zip(kwargs["optimizer"].param_groups, scheduler.lr_lambdas, strict=True):
             group["lr"] = args.learning_rate * factor(scheduler.last_epoch)
 
+    def show(self, write, *arguments, **kwargs) -> None:
+        """Calls `write`; where nobody reads it any more, ends the run after this step, with a checkpoint."""
+        try:
+            write(*arguments, **kwargs)
+        except BrokenPipeError:
+            self.stop_signal = signal.SIGPIPE
+
     def on_step_end(self, args, state, control, **kwargs):
-        super().on_step_end(args, state, control, **kwargs)
+        self.show(super().on_step_end, args, state, control, **kwargs)
         # before a checkpoint is saved
         if not all(weights.isfinite().all() for weights in kwargs["model"].parameters() if weights.requires_grad):
             raise self.diverged("the weights are not finite", state.global_step - 1)
@@ -132,8 +144,10 @@ class Report(ProgressCallback):
         ]
         self.metrics.append(metrics)  # in memory too: output_dir may be a mounted folder, and go away
         self.samples += samples
-        write_json_lines(self.out / "metrics.jsonl", [metrics], "a")
-        write_json_lines(self.out / "samples.jsonl", samples, "a")
+        if not (self.out / "recipe.yaml").exists():  # an empty folder in its place would take what follows
+            raise FileNotFoundError("the folder has gone away")
+        write_json_lines(self.out / "metrics.jsonl", [metrics], append=True)
+        write_json_lines(self.out / "samples.jsonl", samples, append=True)
         if found := divergence(self.metrics):
             raise self.diverged(*found)
 
@@ -142,11 +156,12 @@ class Report(ProgressCallback):
 
         left = (state.max_steps - state.global_step) * sum(self.seconds[-10:]) / len(self.seconds[-10:]) / 60
         parts = " + ".join(f"{short(f.__name__)} {metrics[f'rewards/{f.__name__}']:.2f}" for f in REWARD_FUNCS)
-        self.training_bar.write(
+        self.show(
+            self.training_bar.write,
             f"step {state.global_step:3}  reward {metrics['reward']:.2f} = {parts}  "
             f"no variance {metrics['frac_reward_zero_std']:.0%}  length {metrics['completions/mean_length']:.0f}  "
             f"cut off {metrics['completions/clipped_ratio']:.0%}  {metrics['seconds']:.1f} s  {metrics['gib']:.1f} GiB  "
-            f"{left:.0f} min left"
+            f"{left:.0f} min left",
         )
         if state.global_step % self.recipe.sample_steps == 0:
             sample = samples[0]
@@ -154,12 +169,18 @@ class Report(ProgressCallback):
                 f"{short(key)} {value:g}" for key, value in sample.items() if key.endswith("_reward_func")
             )
             text = f"question: {sample['question']}\n{sample['completion']}\nexpected: {sample['answer']}; rewards: {rewards}"
-            self.training_bar.write("    " + text.replace("\n", "\n    "))
+            self.show(self.training_bar.write, "    " + text.replace("\n", "\n    "))
             draw_reward_curve(self.out)
+        if self.stop_signal:
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
         draw_reward_curve(self.out)
         mark_complete(self.out / f"checkpoint-{state.global_step}", self.recipe)
+        # transformers keeps the newest three and this one: should the policy diverge later, here is where it was good
+        best = best_step(self.metrics) or 0
+        good = next((path for path in checkpoints(self.out) if step_of(path) <= best), None)
+        state.best_model_checkpoint = str(good) if good else None
 
     def diverged(self, reason: str, last_good_step: int) -> UserError:
         rate = f"--learning_rate {self.recipe.learning_rate / 2:g}"
@@ -181,6 +202,8 @@ class Report(ProgressCallback):
         if step == 0:
             if isinstance(error, OSError):
                 raise UserError(f"cannot write to {out}: {error}. No step was finished.") from error
+            if isinstance(error, ImportError):  # of an optimiser that needs a package of its own
+                raise UserError(" ".join(str(error).split())) from error
             return
 
         def save():
@@ -188,6 +211,8 @@ class Report(ProgressCallback):
             mark_complete(self.out / f"checkpoint-{step}", recipe)
 
         try:
+            if not (out / "recipe.yaml").exists():  # before saving makes a folder in its place
+                raise error
             if flaw(out / f"checkpoint-{step}"):
                 save()
             write_json_lines(out / "metrics.jsonl", self.metrics)  # that output_dir is still there
@@ -206,7 +231,11 @@ class Report(ProgressCallback):
         if self.out != out:
             raise UserError(f"cannot write to {out} any more ({error}). {saved}") from error
         if is_out_of_memory(error):
-            raise UserError(f"out of GPU memory: {memory_advice(recipe)} {saved}, and one of these.") from error
+            advice = memory_advice(recipe, resumed=True)
+            saved = saved.replace("Continue with: ", "Continue with one of these after: ")
+            raise UserError(f"out of GPU memory: {advice} {saved}") from error
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise UserError(f"cannot read or write {error.filename or out} ({error}). {saved}") from error
         print(saved, file=sys.stderr)
 
 

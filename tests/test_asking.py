@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from data import UserError, to_prompt
@@ -143,6 +146,59 @@ def test_a_killed_run_is_continued_without_a_gap_or_a_double(tmp_path):
     assert [record["question"] for record in jsonl(output)] == questions
 
 
+def test_an_output_of_another_adapter_or_prompt_is_not_continued(infer, adapter, tmp_path):
+    questions_file(tmp_path / "in.jsonl", 2)
+    shutil.copytree(adapter.parent, tmp_path / "run")
+    arguments = [
+        "--adapter",
+        tmp_path / "run" / "adapter",
+        "--input",
+        tmp_path / "in.jsonl",
+        "--output",
+        tmp_path / "o",
+    ]
+    infer(*arguments)
+    assert "All 2 questions are answered" in infer(*arguments)
+    with pytest.raises(UserError, match="begun with another scored"):
+        infer(*arguments, "--rewards")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "system_prompt: 答：\n")
+    with pytest.raises(UserError, match="begun with another prompt_sha256"):
+        infer(*arguments)
+    recipe.write_text((adapter.parent / "recipe.yaml").read_text())
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match="begun with another adapter_sha256"):
+        infer(*arguments)
+    assert len(jsonl(tmp_path / "o")) == 2
+
+
+def test_a_disk_that_is_full_leaves_an_output_that_can_be_continued(infer, tmp_path):
+    """A limit on the size of files, which the second batch of answers meets."""
+    questions = questions_file(tmp_path / "in.jsonl", 130)
+    arguments = ["--model", "tiny", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write to .*out.jsonl: File too large. What it holds stays"):
+            infer(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    infer(*arguments)
+    assert [record["question"] for record in jsonl(tmp_path / "out.jsonl")] == questions
+
+
+def test_an_adapter_alone_names_its_base_model(infer, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "alone")
+    assert infer("--adapter", tmp_path / "alone", QUESTION) == infer("--adapter", adapter, QUESTION)
+
+
+@pytest.mark.parametrize("stdin", [b"1\xbc\xd31\n", b"\xff\n"])
+def test_a_pipe_that_is_not_utf8(stdin):
+    result = subprocess.run([sys.executable, "infer.py", "--model", "tiny"], input=stdin, capture_output=True)
+    assert result.returncode == 2 and result.stderr.decode().splitlines()[-1].startswith("error: the question is not")
+
+
 def test_measuring(infer, adapter, tmp_path):
     questions_file(tmp_path / "own.jsonl", 8)
     arguments = ["--adapter", adapter, "--compare", "--rewards", "--json", tmp_path / "e.json"]
@@ -224,6 +280,18 @@ BAD = [
     (["--model", "tiny", "--limit", "0", "--eval", "test"], "--limit 0"),
     (["--model", "TMP/nowhere", "1+1"], "cannot load the model .*nowhere"),
     (["--model", "tiny", "--frage", "1+1"], "unrecognized arguments"),
+    (["--model", "tiny", "\udce4\udcbd"], "not in UTF-8"),
+    (["--model", "ADAPTER", "1+1"], "is an adapter: give it as --adapter"),
+    (["--model", "tiny", "--temperature", "1e-40", "1+1"], "--temperature 1e-40 must be 0"),
+    (["--model", "tiny", "--temperature", "inf", "1+1"], "--temperature inf must be 0"),
+    (["--model", "tiny", "--seed", "-1", "1+1"], "--seed -1 must lie"),
+    (["--model", "tiny", "--seed", "18446744073709551616", "1+1"], "--seed 1844.* must lie"),
+    (["--model", "tiny", "--eval", ""], "--eval is empty"),
+    (["--model", "tiny", "--eval", "nowhere.csv"], "there is no file nowhere.csv"),
+    (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/q.csv"], "write over the questions"),
+    (["--model", "tiny", "--input", "TMP/empty.jsonl", "--output", "TMP/o.jsonl"], "empty.jsonl is empty"),
+    (["--model", "tiny", "--input", "TMP/q.csv", "--output", "TMP/dangling"], "cannot write to .*dangling"),
+    (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/dangling"], "cannot write to .*dangling"),
 ]
 
 
@@ -231,6 +299,9 @@ BAD = [
 @pytest.mark.parametrize("arguments, words", BAD, ids=[words for _, words in BAD])
 def test_bad_input(infer, adapter, tmp_path, arguments, words):
     (tmp_path / "long.txt").write_text("1加1\n" + "1" * 900)
+    (tmp_path / "q.csv").write_text("问题,答案\n1加1,2\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "o.jsonl")
     arguments = [a.replace("ADAPTER", str(adapter)).replace("TMP", str(tmp_path)) for a in arguments]
     with pytest.raises(UserError, match=words) as error:
         infer(*arguments)

@@ -113,7 +113,7 @@ BAD = [
     ([GOOD | {"answer_only": True}], ["row 1", "True"], "a truth value"),
     ([GOOD | {"answer_only": [2]}], ["row 1", "[2]"], "a list"),
     ([GOOD | {"question_zh-cn": "  "}], ["row 1", "no question"], "a blank question"),
-    ([GOOD | {"question_zh-cn": "1" * 900}], ["512 tokens", "--max_prompt_length"], "only long questions"),
+    ([GOOD | {"question_zh-cn": "1" * 900}], ["512 tokens", "max_prompt_length: raise it"], "only long questions"),
 ]
 
 

@@ -1,12 +1,17 @@
 """What stops a run before it starts, or on the way: each fault is provoked, for real where a CPU can."""
 
+import json
 import math
+import os
 import resource
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +20,19 @@ from test_train_grpo import QWEN_7B
 
 import train_grpo
 from data import UserError
+from infer import Completion
 from support import preflight
 from support.checkpoints import flaw
-from support.preflight import check_disk, check_machine, check_memory, estimate_memory, is_out_of_memory, model_error
+from support.preflight import (
+    check_disk,
+    check_disk_for_model,
+    check_machine,
+    check_memory,
+    estimate_memory,
+    is_out_of_memory,
+    memory_advice,
+    model_error,
+)
 from support.report import divergence
 from train_grpo import Recipe, load_recipe
 
@@ -113,6 +128,32 @@ def test_too_little_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(2**40, 2**40, 2**29))
     with pytest.raises(UserError, match=f"1.1 GiB of disk are needed .* 0.5 are free in {tmp_path}.*--lora_rank 8"):
         check_disk(0.15, recipe)
+    for step in (1, 2, 3):
+        (Path(recipe.output_dir) / f"checkpoint-{step}").mkdir(parents=True)
+    check_disk(0.15, recipe)  # a resumed run has most of them already
+    with pytest.raises(UserError, match="0.8 GiB of disk are needed .* --output_dir.$"):  # and cannot change its rank
+        check_disk(0.3, recipe)
+
+
+def test_too_little_disk_for_the_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight, "HF_HUB_CACHE", str(tmp_path / "not there"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(2**40, 2**40, 2**32))
+    with pytest.raises(UserError, match=f"5.4 GiB of disk are needed .* 4.0 are free in {tmp_path}: .*HF_HOME"):
+        check_disk_for_model(5.4, Recipe())
+    check_disk_for_model(3.9, Recipe())
+    check_disk_for_model(5.4, Recipe(model="tiny"))
+
+
+def test_a_resumed_run_is_not_told_to_change_its_rank():
+    assert "--lora_rank" in memory_advice(Recipe())
+    assert "--lora_rank" not in memory_advice(Recipe(resume="newest"))
+    assert "--lora_rank" not in memory_advice(Recipe(), resumed=True)
+
+
+def test_where_there_is_no_pip(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f": uv pip install --python {sys.executable} -c constraints.txt wandb"):
+        preflight.check_installed("wandb")
 
 
 def test_a_gated_model():
@@ -162,6 +203,7 @@ def history(rewards, loss=0.1, grad_norm=0.1, same=0.0):
     "lines, found",
     [
         (history([1.0] * 30 + [3.0] * 10 + [0.5] * 10), ("fell from 3.00 to 0.50", 40)),
+        (history([2.0] * 50 + [2.0 - i / 100 for i in range(1, 110)]), ("fell from 2.00 to 0.95", 50)),
         (history([2.0] * 2 + [0.0] * 20, same=1), ("all worth the same", 2)),
         (history([1.0] * 30, loss=math.nan), ("not finite for 20 steps", 10)),
         (history([1.0] * 30, grad_norm=math.inf), ("not finite for 20 steps", 10)),
@@ -201,15 +243,16 @@ def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_stays(mo
 # --- on the way --------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_goes_away(monkeypatch, tmp_path):
-    """As a mounted Drive does: what was trained is saved elsewhere, and continues from there."""
+@pytest.mark.parametrize("left_behind", [Path.mkdir, Path.touch])
+def test_a_folder_that_goes_away(monkeypatch, tmp_path, left_behind):
+    """As a mounted Drive does, which leaves an empty folder: what was trained is saved elsewhere, and continues from there."""
     out = tmp_path / "drive" / "out"
 
     def unmount():
         while not (out / "metrics.jsonl").exists() or len(jsonl(out / "metrics.jsonl")) < 3:
             time.sleep(0.05)
         out.parent.rename(tmp_path / "gone")
-        out.parent.touch()
+        left_behind(out.parent)
 
     monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))  # rescued-… goes here
     thread = threading.Thread(target=unmount)
@@ -221,12 +264,97 @@ def test_a_folder_that_goes_away(monkeypatch, tmp_path):
     (rescued,) = tmp_path.glob("rescued-*")
     done = len(jsonl(rescued / "metrics.jsonl"))
     assert 3 <= done < 12 and not flaw(rescued / f"checkpoint-{done}")
+    assert not out.exists()
     assert len(jsonl(rescued / "samples.jsonl")) == 8 * done
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--config", str(rescued / "recipe.yaml"), "--resume"])
     train_grpo.main()
     assert [line["step"] for line in jsonl(rescued / "metrics.jsonl")] == list(range(1, 13))
     assert (rescued / "adapter").is_dir()
+
+
+def test_a_folder_that_goes_away_in_the_last_evaluation(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "drive" / "out"
+    generate = train_grpo.generate
+
+    def unmount_and_generate(*arguments, adapter, **options):
+        if adapter:
+            out.parent.rename(tmp_path / "gone")
+            out.parent.mkdir()
+        return generate(*arguments, adapter=adapter, **options)
+
+    monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))
+    monkeypatch.setattr(train_grpo, "generate", unmount_and_generate)
+    with pytest.raises(UserError, match="cannot write to .* any more .*checkpoint of step 2 .*Continue with: "):
+        in_process(monkeypatch, "--max_steps", 2, "--output_dir", out)
+    assert "\nafter " in capsys.readouterr().out  # what took hours is at least said
+    monkeypatch.undo()
+    (rescued,) = tmp_path.glob("rescued-*")
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--config", str(rescued / "recipe.yaml"), "--resume"])
+    train_grpo.main()
+    assert (rescued / "adapter").is_dir() and "after" in json.loads((rescued / "eval.json").read_text())
+
+
+def test_one_error_of_the_disk_costs_nothing(monkeypatch, tmp_path):
+    """As a mounted Drive has them: the first complete.json cannot be put in place."""
+    out, replace, failures = tmp_path / "out", os.replace, [OSError(5, "Input/output error")]
+
+    def replace_or_fail(source, target):
+        if str(target).endswith("complete.json") and failures:
+            raise failures.pop()
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", replace_or_fail)
+    with pytest.raises(UserError, match="Input/output error.*checkpoint of step 2 is in .*Continue with: "):
+        in_process(monkeypatch, "--max_steps", 4, "--save_steps", 2, "--output_dir", out)
+    in_process(monkeypatch, "--max_steps", 4, "--save_steps", 2, "--output_dir", out, "--resume")
+    assert [line["step"] for line in jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_folder_that_takes_no_files(monkeypatch):
+    monkeypatch.setattr(preflight, "check_disk", lambda *arguments: None)
+    with pytest.raises(UserError, match="cannot write to /proc: .*another --output_dir") as error:
+        in_process(monkeypatch, "--output_dir", "/proc")
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "evaluation, words", [("before", "newest checkpoint is None"), ("after", "checkpoint-2. Go on")]
+)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, words, signum):
+    def interrupted(*arguments, adapter, **options):
+        if (evaluation == "after") == (adapter is not None):
+            os.kill(os.getpid(), signum)
+        return [Completion("", 1, False)] * 10
+
+    monkeypatch.setattr(train_grpo, "generate", interrupted)
+    with pytest.raises(SystemExit) as end:
+        in_process(monkeypatch, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    assert end.value.code == 128 + signum
+    assert words in capsys.readouterr().out
+    assert signal.getsignal(signum) != signal.SIG_IGN
+
+
+def test_when_nobody_reads_the_output_any_more(tmp_path):
+    """The run ends with a checkpoint of its last step, and no step is missing from its files."""
+    command = [sys.executable, *TINY, *SHORT, "--max_steps", "200", "--output_dir", tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while b"step   2" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    steps = [line["step"] for line in jsonl(tmp_path / "out" / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 100
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{steps[-1]}" and not flaw(checkpoint)
+
+
+def test_the_last_good_checkpoint_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr("support.report.best_step", lambda history: 3)
+    in_process(monkeypatch, "--max_steps", 10, "--save_steps", 2, "--output_dir", tmp_path / "out")
+    kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-8", "checkpoint-10"}
 
 
 def test_a_disk_that_is_full(monkeypatch, tmp_path):
@@ -256,7 +384,7 @@ def test_out_of_memory_on_the_way(monkeypatch, tmp_path):
 
     monkeypatch.setattr(train_grpo, "REWARD_FUNCS", [*train_grpo.REWARD_FUNCS[:4], xmlcount_reward_func])
     with pytest.raises(
-        UserError, match="out of GPU memory: try --micro_batch_size 2 .*step 2 is in .*--resume"
+        UserError, match="out of GPU memory: try --micro_batch_size 2. .*step 2 is in .*one of these after: .*--resume$"
     ) as error:
         in_process(monkeypatch, "--max_steps", 6, "--output_dir", tmp_path / "out")
     one_line(error)

@@ -181,16 +181,19 @@ def test_an_output_is_continued_after_its_last_whole_line(tmp_path):
     output.write_text(whole + '{"index": 1, "quest')
     assert resume_output(output, ["a", "b"], {"model": "m"}) == 1
     assert output.read_text() == whole
+    output.write_text(whole + '{"index": 1, "question": "b", "model": "m"}')  # only the end of the line is missing
+    assert resume_output(output, ["a", "b"], {"model": "m"}) == 1
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("notes of mine\n", "does not hold answers"),
-        ("notes of mine", "does not hold answers"),
-        ('{"index": 0, "question": "x", "model": "m"}\n', "does not hold answers"),
-        ('{"index": 1, "question": "b", "model": "m"}\n', "does not hold answers"),
-        ("[1]\n", "does not hold answers"),
+        ("notes of mine\n", "holds something else than answers"),
+        ("notes of mine", "holds something else than answers"),
+        ('{"index": 0, "question": "x", "model": "m"}\n', "holds something else than answers"),
+        ('{"index": 1, "question": "b", "model": "m"}\n', "holds something else than answers"),
+        ('{"index": 0, "question": "my own notes"}', "holds something else than answers"),
+        ("[1]\n", "holds something else than answers"),
         ('{"index": 0, "question": "a", "model": "other"}\n{"index"', "another model"),
     ],
 )
@@ -200,3 +203,14 @@ def test_a_foreign_output_is_left_alone(tmp_path, content, words):
     with pytest.raises(UserError, match=words):
         resume_output(output, ["a", "b"], {"model": "m"})
     assert output.read_text() == content
+
+
+def test_a_file_name_is_not_a_pattern(tmp_path):
+    (tmp_path / "q[1].txt").write_text("这一题\n", encoding="utf-8")
+    (tmp_path / "q1.txt").write_text("另一题\n", encoding="utf-8")
+    assert read_questions(str(tmp_path / "q[1].txt"))[0] == ["这一题"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_question(tmp_path):
+    (tmp_path / "q.txt").write_text("1加1\r\n\r\n2加2\n", encoding="utf-8-sig")
+    assert read_questions(str(tmp_path / "q.txt"))[0] == ["1加1", "2加2"]

@@ -1,6 +1,7 @@
 """A run that was killed and resumed is the run that was never killed: step by step, and in its weights."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from test_runs import SHORT, TINY, jsonl
 
 import train_grpo
 from data import UserError
-from support.checkpoints import checkpoints, flaw
+from support.checkpoints import checkpoints, command, flaw, go_back_to, read_json_lines, write_json_lines
 from train_grpo import load_recipe, training_questions
 
 STEPS, EVERY = 12, 3
@@ -88,6 +89,79 @@ def test_without_resume_the_two_commands_are_named(half, monkeypatch):
         UserError, match="already holds a run. Continue it: .*--resume or start another: .*--output_dir"
     ):
         resume(monkeypatch, half)
+
+
+@pytest.mark.parametrize("left, resumed", [("adapter", "--resume auto"), ("metrics.jsonl", "--resume auto")])
+def test_whatever_a_run_left_is_not_written_over(reference, monkeypatch, tmp_path, left, resumed):
+    out = tmp_path / "out"
+    out.mkdir()
+    (shutil.copytree if (reference / left).is_dir() else shutil.copy)(reference / left, out / left)
+    with pytest.raises(UserError, match=f"already holds a run. Continue it: .*{resumed} or start another"):
+        resume(monkeypatch, out)
+
+
+def test_the_commands_of_the_refusal_are_this_command(half, monkeypatch):
+    with pytest.raises(UserError) as error:
+        resume(monkeypatch, half, "--learning_rate", "2e-3")
+    resumed, another = re.findall(r"train_grpo.py (.*?)(?: or start another: |$)", str(error.value))
+    assert resumed.endswith("--learning_rate 2e-3 --resume") and another.endswith(f"2e-3 --output_dir {half}-2")
+
+
+def test_auto_does_not_begin_anew_over_what_a_run_left(half, reference, monkeypatch):
+    """Only what a run left that was killed before its first checkpoint was whole."""
+    for path in checkpoints(half):
+        truncate(path / "optimizer.pt")
+    with pytest.raises(UserError, match="no checkpoint in .* can be continued from"):
+        resume(monkeypatch, half, "--resume", "auto")
+    for path in checkpoints(half):
+        shutil.rmtree(path)
+    shutil.copytree(reference / "adapter", half / "adapter")
+    with pytest.raises(UserError, match="holds a trained adapter and no checkpoint"):
+        resume(monkeypatch, half, "--resume", "auto")
+    assert (half / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+    shutil.rmtree(half / "adapter")
+    (half / "checkpoint-3").mkdir()
+    recipe = load_recipe(half / "recipe.yaml")
+    recipe.output_dir, recipe.resume = str(half), "auto"
+    assert train_grpo.find_checkpoint(recipe) is None
+
+
+def test_a_checkpoint_by_its_name_in_the_folder(half):
+    recipe = load_recipe(half / "recipe.yaml")
+    recipe.output_dir, recipe.resume = str(half), "checkpoint-6"
+    assert train_grpo.find_checkpoint(recipe) == half / "checkpoint-6"
+
+
+def test_fewer_steps_than_the_checkpoint_has(half, monkeypatch):
+    with pytest.raises(UserError, match="checkpoint-9 is past --max_steps 8: give 9 or more"):
+        resume(monkeypatch, half, "--resume", "--max_steps", 8)
+
+
+def test_a_run_that_was_moved_is_continued_where_it_is(half):
+    recipe = load_recipe(half / "recipe.yaml")
+    recipe.output_dir = "elsewhere"
+    assert command(recipe, "--resume").endswith("--config elsewhere/recipe.yaml --output_dir elsewhere --resume")
+
+
+def test_lines_with_line_separators_in_them(tmp_path):
+    records = [{"step": 1, "completion": "a\u2028b\u2029c\x85d\ne"}, {"step": 2, "completion": ""}]
+    write_json_lines(tmp_path / "x.jsonl", records)
+    write_json_lines(tmp_path / "x.jsonl", records, append=True)
+    assert read_json_lines(tmp_path / "x.jsonl") == records * 2
+
+
+def test_going_back_loses_no_history_when_it_is_interrupted(half, monkeypatch):
+    before = {path: path.read_bytes() for path in half.glob("*.jsonl")}
+
+    def fail(source, target):
+        raise OSError("interrupted")
+
+    recipe = load_recipe(half / "recipe.yaml")
+    recipe.output_dir = str(half)
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="interrupted"):
+        go_back_to(half / "checkpoint-6", recipe)
+    assert before == {path: path.read_bytes() for path in half.glob("*.jsonl")}
 
 
 def truncate(path):

@@ -92,6 +92,11 @@ BAD_FLAGS = [
     (["--gpu_memory_utilization", "60"], "must lie between 0 and 1"),
     (["--warmup_ratio", "3"], "must lie between 0 and 1"),
     (["--seed", "-1"], "--seed -1 is too small"),
+    (
+        ["--report_to", "nonsense"],
+        "invalid choice: 'nonsense' (choose from",
+    ),
+    (["--lr_scheduler", "cosine_with_min_lr"], "invalid choice: 'cosine_with_min_lr'"),
     (["--config"], "not a YAML file"),
     (["--micro_batch_size", "7"], "48 completions do not divide into micro-batches of 7: give --micro_batch_size 6."),
 ]
