@@ -17,6 +17,7 @@ The order is: settings, preflight, data, model, rewards, evaluation, training, e
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -62,6 +63,7 @@ from data import HUB_ID, SYSTEM_PROMPT, UserError, fail, load_questions, run_scr
 from infer import evaluate, evaluation_table, generate
 from rewards import REWARD_FUNCS
 from support.checkpoints import (
+    check_present,
     check_same_run,
     checkpoints,
     command,
@@ -349,10 +351,11 @@ def run(recipe: Recipe) -> None:
     out = Path(recipe.output_dir)
     checkpoint = find_checkpoint(recipe)
     if checkpoint:
-        check_same_run(recipe, checkpoint)
+        changed = check_same_run(recipe, checkpoint)
         written = out / "eval.json"
         evaluations = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-        if step_of(checkpoint) >= recipe.max_steps and "after" in evaluations and (out / "adapter").exists():
+        done = "after" in evaluations and (out / "adapter").exists() and checkpoint == checkpoints(out)[0]
+        if done and step_of(checkpoint) >= recipe.max_steps and not changed:
             print(f"The run in {out} is complete, with {step_of(checkpoint)} steps; --max_steps goes on from there.")
             print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
             return
@@ -411,14 +414,16 @@ def run(recipe: Recipe) -> None:
     # Ctrl-C and SIGTERM in training finish the step and save a checkpoint. At any other time, and a second time, they do not wait.
     def leave(signum, frame):
         found = next((path for path in checkpoints(out) if not flaw(path)), None)
-        how = command(recipe, "--resume") if found else shlex.join([sys.executable, *sys.argv])
-        print(f"\n{signal.Signals(signum).name}: the newest checkpoint is {found}. Go on with: {how}", flush=True)
+        how = command(recipe, "--resume", *([] if found else ["auto"]))
+        with contextlib.suppress(BrokenPipeError):
+            print(f"\n{signal.Signals(signum).name}: the newest checkpoint is {found}. Go on with: {how}", flush=True)
         sys.exit(128 + signum)
 
     def stop(signum, frame):
         report.stop_signal = signum
         catch(leave)
-        print(f"\n{signal.Signals(signum).name}: finishing this step, then saving a checkpoint", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # of `| tee`, which Ctrl-C ends too
+            print(f"\n{signal.Signals(signum).name}: finishing this step, then saving a checkpoint", flush=True)
 
     def catch(handler) -> dict:
         return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -456,6 +461,7 @@ def run(recipe: Recipe) -> None:
         }
         print(f"\n{len(test)} held-out questions, greedy, same prompt and parser before and after:")
         print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
+        check_present(out)
         write_json(out / "eval.json", evaluations)
     except UserError:  # the policy has diverged, and is not worth keeping
         raise

@@ -94,10 +94,15 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
         begun = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
         if found or begun or (out / "adapter").exists():
             this = [sys.executable, *sys.argv]
-            resumed = ["--resume"] if found else ["--resume", "auto"]
+            flaws = {flaw(checkpoint) for checkpoint in found}
+            if None in flaws:
+                held = f". Continue it: {shlex.join([*this, '--resume'])} or start"
+            elif flaws <= {UNFINISHED} and not (out / "adapter").exists():
+                held = f" that had no checkpoint yet. Begin it anew: {shlex.join([*this, '--resume', 'auto'])} or start"
+            else:
+                held = ", which cannot be continued. Start"
             raise UserError(
-                f"{out} already holds a run. Continue it: {shlex.join([*this, *resumed])} or start another: "
-                f"{shlex.join([*this, '--output_dir', f'{out}-2'])}"
+                f"{out} already holds a run{held} another: {shlex.join([*this, '--output_dir', f'{out}-2'])}"
             )
         return None
     if recipe.resume in ("newest", "auto"):
@@ -107,10 +112,6 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
                 return checkpoint
             print(f"skipped     {checkpoint}: {reason}")
             reasons.add(reason)
-        if recipe.resume == "newest":
-            raise UserError(
-                f"there is no checkpoint in {out} to continue from: --resume auto begins anew, or give another --output_dir."
-            )
         if reasons - {UNFINISHED}:
             raise UserError(
                 f"no checkpoint in {out} can be continued from: move them away, or give another --output_dir."
@@ -118,6 +119,10 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
         if (out / "adapter").exists():
             raise UserError(
                 f"{out} holds a trained adapter and no checkpoint to go on from: give another --output_dir."
+            )
+        if recipe.resume == "newest":
+            raise UserError(
+                f"there is no checkpoint in {out} to continue from: --resume auto begins anew, or give another --output_dir."
             )
         return None
     named = Path(recipe.resume)
@@ -131,8 +136,15 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
     return out / named.name
 
 
-def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
+def check_present(out: Path) -> None:
+    """Raises FileNotFoundError if the folder of the run has gone away: an empty one in its place would take what follows."""
+    if not (out / "recipe.yaml").exists():
+        raise FileNotFoundError("the folder has gone away")
+
+
+def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
     """Lists the settings that differ from the checkpoint's. Raises UserError for one that makes it another run."""
+    changed = []
     before = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["recipe"]
     for name, value in dataclasses.asdict(recipe).items():
         if name in ("resume", "output_dir") or before.get(name) == value:
@@ -143,6 +155,8 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
                 "start another run with another --output_dir."
             )
         print(f"changed     {name}: {before.get(name)} before, {value} from here on")
+        changed.append(name)
+    return changed
 
 
 def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:

@@ -218,9 +218,10 @@ def check_disk(lora_gib: float, recipe: Recipe) -> None:
 
 def check_disk_for_model(weight_gib: float, recipe: Recipe) -> None:
     """Raises UserError where the model has to be downloaded and the hub's cache has no room for it."""
-    if Path(recipe.model).is_dir() or any(
-        try_to_load_from_cache(recipe.model, name) for name in ("model.safetensors", "model.safetensors.index.json")
-    ):
+    if Path(recipe.model).is_dir():
+        return
+    config = try_to_load_from_cache(recipe.model, "config.json")
+    if isinstance(config, str) and any(Path(config).parent.glob("*model*.safetensors")):
         return
     folder = Path(HF_HUB_CACHE)
     while not folder.exists():

@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 from data import UserError
 from rewards import MAX_REWARDS, REWARD_FUNCS
 from support.checkpoints import (
+    check_present,
     checkpoints,
     command,
     flaw,
@@ -101,6 +102,7 @@ class Report(ProgressCallback):
         scheduler.base_lrs = [args.learning_rate] * len(scheduler.base_lrs)
         for group, factor in zip(kwargs["optimizer"].param_groups, scheduler.lr_lambdas, strict=True):
             group["lr"] = args.learning_rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]  # what is logged
 
     def show(self, write, *arguments, **kwargs) -> None:
         """Calls `write`; where nobody reads it any more, ends the run after this step, with a checkpoint."""
@@ -144,8 +146,7 @@ class Report(ProgressCallback):
         ]
         self.metrics.append(metrics)  # in memory too: output_dir may be a mounted folder, and go away
         self.samples += samples
-        if not (self.out / "recipe.yaml").exists():  # an empty folder in its place would take what follows
-            raise FileNotFoundError("the folder has gone away")
+        check_present(self.out)
         write_json_lines(self.out / "metrics.jsonl", [metrics], append=True)
         write_json_lines(self.out / "samples.jsonl", samples, append=True)
         if found := divergence(self.metrics):
@@ -177,7 +178,7 @@ class Report(ProgressCallback):
     def on_save(self, args, state, control, **kwargs):
         draw_reward_curve(self.out)
         mark_complete(self.out / f"checkpoint-{state.global_step}", self.recipe)
-        # transformers keeps the newest three and this one: should the policy diverge later, here is where it was good
+        # transformers keeps the newest two and this one: should the policy diverge later, here is where it was good
         best = best_step(self.metrics) or 0
         good = next((path for path in checkpoints(self.out) if step_of(path) <= best), None)
         state.best_model_checkpoint = str(good) if good else None
@@ -200,7 +201,7 @@ class Report(ProgressCallback):
         if "probability tensor" in str(error):  # the weights are finite, but the next token's chances are not
             raise self.diverged("the policy's probabilities are not finite", step - 1) from error
         if step == 0:
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise UserError(f"cannot write to {out}: {error}. No step was finished.") from error
             if isinstance(error, ImportError):  # of an optimiser that needs a package of its own
                 raise UserError(" ".join(str(error).split())) from error
@@ -211,11 +212,11 @@ class Report(ProgressCallback):
             mark_complete(self.out / f"checkpoint-{step}", recipe)
 
         try:
-            if not (out / "recipe.yaml").exists():  # before saving makes a folder in its place
-                raise error
+            check_present(out)  # before saving makes a folder in its place
             if flaw(out / f"checkpoint-{step}"):
                 save()
-            write_json_lines(out / "metrics.jsonl", self.metrics)  # that output_dir is still there
+            write_json_lines(out / "metrics.jsonl", self.metrics)
+            write_json_lines(out / "samples.jsonl", self.samples)
         except Exception:  # OSError, and what torch and safetensors make of one
             try:
                 self.out = Path(tempfile.mkdtemp(prefix="rescued-", dir=Path(__file__).parents[1]))

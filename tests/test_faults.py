@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from test_runs import SHORT, TINY, jsonl
 from test_train_grpo import QWEN_7B
 
+import support.report
 import train_grpo
 from data import UserError
 from infer import Completion
@@ -33,7 +35,7 @@ from support.preflight import (
     memory_advice,
     model_error,
 )
-from support.report import divergence
+from support.report import Report, divergence
 from train_grpo import Recipe, load_recipe
 
 # --- before the start --------------------------------------------------------------------------------
@@ -280,7 +282,7 @@ def test_a_folder_that_goes_away_in_the_last_evaluation(monkeypatch, tmp_path, c
     def unmount_and_generate(*arguments, adapter, **options):
         if adapter:
             out.parent.rename(tmp_path / "gone")
-            out.parent.mkdir()
+            out.mkdir(parents=True)
         return generate(*arguments, adapter=adapter, **options)
 
     monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))
@@ -311,6 +313,24 @@ def test_one_error_of_the_disk_costs_nothing(monkeypatch, tmp_path):
     assert [line["step"] for line in jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_one_error_of_the_disk_loses_no_sample(monkeypatch, tmp_path):
+    out, write, calls = tmp_path / "out", support.report.write_json_lines, []
+
+    def write_or_fail(path, records, append=False):
+        if append and path.name == "samples.jsonl":
+            calls.append(1)
+            if len(calls) == 3:
+                raise OSError(5, "Input/output error")
+        write(path, records, append)
+
+    monkeypatch.setattr("support.report.write_json_lines", write_or_fail)
+    with pytest.raises(UserError, match="checkpoint of step 3 is in"):
+        in_process(monkeypatch, "--max_steps", 5, "--output_dir", out)
+    in_process(monkeypatch, "--max_steps", 5, "--output_dir", out, "--resume")
+    steps = [sample["step"] for sample in jsonl(out / "samples.jsonl")]
+    assert steps == [step for step in range(1, 6) for _ in range(8)]
+
+
 def test_a_folder_that_takes_no_files(monkeypatch):
     monkeypatch.setattr(preflight, "check_disk", lambda *arguments: None)
     with pytest.raises(UserError, match="cannot write to /proc: .*another --output_dir") as error:
@@ -329,11 +349,44 @@ def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, wo
         return [Completion("", 1, False)] * 10
 
     monkeypatch.setattr(train_grpo, "generate", interrupted)
+    before = signal.getsignal(signum)
     with pytest.raises(SystemExit) as end:
         in_process(monkeypatch, "--max_steps", 2, "--output_dir", tmp_path / "out")
     assert end.value.code == 128 + signum
     assert words in capsys.readouterr().out
-    assert signal.getsignal(signum) != signal.SIG_IGN
+    assert signal.getsignal(signum) == before
+
+
+def test_a_second_signal_does_not_wait(monkeypatch, tmp_path, capsys):
+    """Before the first checkpoint: the command that is named begins anew, and is not refused."""
+
+    def xmlcount_reward_func(completions, **kwargs):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr(train_grpo, "REWARD_FUNCS", [*train_grpo.REWARD_FUNCS[:4], xmlcount_reward_func])
+    with pytest.raises(SystemExit) as end:
+        in_process(monkeypatch, "--max_steps", 4, "--output_dir", tmp_path / "out")
+    assert end.value.code == 130
+    said = capsys.readouterr().out
+    assert "finishing this step" in said and "the newest checkpoint is None. Go on with: " in said
+    monkeypatch.undo()
+    *_, arguments = said.rpartition("train_grpo.py ")
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", *shlex.split(arguments), "--max_steps", "2"])
+    train_grpo.main()
+    assert [line["step"] for line in jsonl(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_line_that_nobody_reads_ends_the_run_after_its_step(tmp_path):
+    report = Report(load_recipe("recipes/tiny.yaml"), {})
+
+    def write(text):
+        raise BrokenPipeError
+
+    report.show(write, "a line")
+    assert report.stop_signal == signal.SIGPIPE
 
 
 def test_when_nobody_reads_the_output_any_more(tmp_path):

@@ -91,12 +91,21 @@ def test_without_resume_the_two_commands_are_named(half, monkeypatch):
         resume(monkeypatch, half)
 
 
-@pytest.mark.parametrize("left, resumed", [("adapter", "--resume auto"), ("metrics.jsonl", "--resume auto")])
-def test_whatever_a_run_left_is_not_written_over(reference, monkeypatch, tmp_path, left, resumed):
+@pytest.mark.parametrize(
+    "left, words",
+    [
+        ("adapter", "already holds a run, which cannot be continued. Start another: .*--output_dir"),
+        (
+            "metrics.jsonl",
+            "run that had no checkpoint yet. Begin it anew: .*--resume auto or start another: .*--output_dir",
+        ),
+    ],
+)
+def test_whatever_a_run_left_is_not_written_over(reference, monkeypatch, tmp_path, left, words):
     out = tmp_path / "out"
     out.mkdir()
     (shutil.copytree if (reference / left).is_dir() else shutil.copy)(reference / left, out / left)
-    with pytest.raises(UserError, match=f"already holds a run. Continue it: .*{resumed} or start another"):
+    with pytest.raises(UserError, match=words):
         resume(monkeypatch, out)
 
 
@@ -111,8 +120,9 @@ def test_auto_does_not_begin_anew_over_what_a_run_left(half, reference, monkeypa
     """Only what a run left that was killed before its first checkpoint was whole."""
     for path in checkpoints(half):
         truncate(path / "optimizer.pt")
-    with pytest.raises(UserError, match="no checkpoint in .* can be continued from"):
-        resume(monkeypatch, half, "--resume", "auto")
+    for arguments in (["--resume"], ["--resume", "auto"]):
+        with pytest.raises(UserError, match="no checkpoint in .* can be continued from"):
+            resume(monkeypatch, half, *arguments)
     for path in checkpoints(half):
         shutil.rmtree(path)
     shutil.copytree(reference / "adapter", half / "adapter")
@@ -240,12 +250,22 @@ def test_a_checkpoint_of_another_recipe_put_into_the_folder(half, monkeypatch, t
 
 
 def test_changed_settings_are_listed_and_used(half, monkeypatch, capsys):
-    resume(monkeypatch, half, "--resume", "--max_steps", 11, "--micro_batch_size", 2, "--num_generations", 3)
+    changes = ["--max_steps", 11, "--micro_batch_size", 2, "--num_generations", 3, "--eval_samples", 7]
+    resume(monkeypatch, half, "--resume", *changes)
     said = capsys.readouterr().out
     assert "changed     max_steps: 12 before, 11 from here on" in said
     assert "changed     micro_batch_size: 4 before, 2 from here on" in said
+    evaluations = json.loads((half / "eval.json").read_text())
+    assert evaluations["before"]["n"] == evaluations["after"]["n"] == 7  # of the same questions
     steps = [sample["step"] for sample in jsonl(half / "samples.jsonl")]
     assert [steps.count(step) for step in range(1, 12)] == [8] * 9 + [6] * 2
+    resume(monkeypatch, half, "--resume", "--max_steps", 11, "--eval_samples", 8)  # a finished run, measured anew
+    assert json.loads((half / "eval.json").read_text())["after"]["n"] == 8
+
+
+def test_a_changed_learning_rate_is_logged_from_the_first_step(half, monkeypatch):
+    resume(monkeypatch, half, "--resume", "--learning_rate", "1e-3", "--lr_scheduler", "constant")
+    assert [line["learning_rate"] for line in jsonl(half / "metrics.jsonl")][9:] == [1e-3] * 3
 
 
 def test_the_order_of_the_questions_goes_on_after_the_first_epoch():
