@@ -17,13 +17,11 @@ The order is: settings, preflight, data, model, rewards, evaluation, training, e
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -68,7 +66,6 @@ from support.checkpoints import (
     checkpoints,
     command,
     find_checkpoint,
-    flaw,
     go_back_to,
     step_of,
     write_json,
@@ -411,25 +408,7 @@ def run(recipe: Recipe) -> None:
         )
         return evaluate(completions, list(test["answer"]))
 
-    # Ctrl-C and SIGTERM in training finish the step and save a checkpoint. At any other time, and a second time, they do not wait.
-    def leave(signum, frame):
-        found = next((path for path in checkpoints(out) if not flaw(path)), None)
-        how = command(recipe, "--resume", *([] if found else ["auto"]))
-        with contextlib.suppress(BrokenPipeError):
-            print(f"\n{signal.Signals(signum).name}: the newest checkpoint is {found}. Go on with: {how}", flush=True)
-        sys.exit(128 + signum)
-
-    def stop(signum, frame):
-        report.stop_signal = signum
-        catch(leave)
-        with contextlib.suppress(BrokenPipeError):  # of `| tee`, which Ctrl-C ends too
-            print(f"\n{signal.Signals(signum).name}: finishing this step, then saving a checkpoint", flush=True)
-
-    def catch(handler) -> dict:
-        return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    handlers = catch(leave)
-    try:
+    with report.saving(trainer):  # what there is, on Ctrl-C, SIGTERM and errors
         # Evaluation before the first step; a resumed run has it already.
         if checkpoint and evaluations.get("before", {}).get("n") == len(test):
             evaluations = {"before": evaluations["before"]}
@@ -440,11 +419,9 @@ def run(recipe: Recipe) -> None:
         report.evaluations = evaluations
 
         # Training.
-        catch(stop)
         training_start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         training_seconds = time.perf_counter() - training_start
-        catch(leave)
         if report.stop_signal:
             print(f"stopped after step {trainer.state.global_step}; the checkpoint is in {checkpoints(out)[0]}")
             print(f"continue with: {command(recipe, '--resume')}")
@@ -463,16 +440,6 @@ def run(recipe: Recipe) -> None:
         print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
         check_present(out)
         write_json(out / "eval.json", evaluations)
-    except UserError:  # the policy has diverged, and is not worth keeping
-        raise
-    except Exception as error:
-        report.save_after_error(trainer, error)
-        raise
-    finally:
-        if report.training_bar:  # or it would draw itself once more, after the error
-            report.training_bar.close()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
     ask = [sys.executable, "infer.py", "--adapter", str(out / "adapter"), test[0]["prompt"][-1]["content"]]
     print(f"\nThe LoRA is in {out}/adapter. Ask it: {shlex.join(ask)}")
 

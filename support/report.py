@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import math
@@ -91,10 +92,49 @@ class Report(ProgressCallback):
         super().__init__()
         self.recipe, self.batch, self.out = recipe, batch, Path(recipe.output_dir)
         self.metrics, self.samples = (read_json_lines(self.out / f"{name}.jsonl") for name in ("metrics", "samples"))
-        self.stop_signal = None
+        self.stop_signal, self.in_training = None, False
+
+    @contextlib.contextmanager
+    def saving(self, trainer: GRPOTrainer):
+        """Within it, Ctrl-C, SIGTERM and errors leave a checkpoint and say how to go on.
+
+        In training a signal finishes the step. At any other time, and a second time, it does not wait.
+        """
+        handlers = {signum: signal.signal(signum, self.on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except UserError:  # the policy has diverged, and is not worth keeping
+            raise
+        except Exception as error:
+            self.save_after_error(trainer, error)
+            raise
+        finally:
+            if self.training_bar:  # or it would draw itself once more, after the error
+                self.training_bar.close()
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+    def on_signal(self, signum, frame):
+        waits = self.in_training and not self.stop_signal
+        if waits:
+            self.stop_signal = signum
+            words = "finishing this step, then saving a checkpoint"
+        else:
+            newest = next((path for path in checkpoints(self.out) if not flaw(path)), None)
+            how = command(self.recipe, "--resume", *([] if newest else ["auto"]))
+            words = f"the newest checkpoint is {newest}. Go on with: {how}"
+        with contextlib.suppress(BrokenPipeError):  # of `| tee`, which Ctrl-C ends too
+            print(f"\n{signal.Signals(signum).name}: {words}", flush=True)
+        if not waits:
+            sys.exit(128 + signum)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control, **kwargs)
+        self.in_training = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        self.in_training = True
         self.step_start = time.perf_counter()
         self.seconds = []
         # A resumed run takes its rate from the recipe, which may have changed, not from the optimiser's state.
