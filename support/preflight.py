@@ -246,7 +246,7 @@ def preflight(recipe: Recipe, config) -> None:
     """Prints what will run on what. Raises UserError where it cannot run. `config`: the model's, of transformers."""
     if "8bit" in recipe.optim:
         check_installed("bitsandbytes")
-    if recipe.report_to in ("tensorboard", "wandb", "trackio"):
+    if recipe.report_to != "none":
         check_installed(recipe.report_to)
     free, total = (size / GIB for size in torch.cuda.mem_get_info()) if GPU else (0.0, 0.0)
     card = min(recipe.vram_gib or total, total)

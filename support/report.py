@@ -62,10 +62,14 @@ def recording(reward_func, batch: dict):
     return wrapper
 
 
+def ten_step_means(history: list[dict]) -> list[float]:
+    """The mean reward of steps 1 to 10, of 2 to 11, and so on."""
+    return [sum(line["reward"] for line in history[i : i + 10]) / 10 for i in range(len(history) - 9)]
+
+
 def best_step(history: list[dict]) -> int | None:
     """The last step of the ten with the highest mean reward, of several equal tens the latest; None before step 10."""
-    means = [sum(line["reward"] for line in history[i : i + 10]) / 10 for i in range(len(history) - 9)]
-    return max(zip(means, (line["step"] for line in history[9:]), strict=True))[1] if means else None
+    return max(zip(ten_step_means(history), (line["step"] for line in history[9:]), strict=True), default=(0, None))[1]
 
 
 def divergence(history: list[dict]) -> tuple[str, int] | None:
@@ -79,7 +83,7 @@ def divergence(history: list[dict]) -> tuple[str, int] | None:
     same = all(line["frac_reward_zero_std"] == 1 for line in history[-20:])
     if len(history) >= 20 and same and sum(rewards[-20:]) / 20 < sum(rewards[:3]) / 3 / 4:
         return "20 steps of answers are all worth the same, and less than the first ones", history[-20]["step"] - 1
-    means = [sum(rewards[i : i + 10]) / 10 for i in range(len(rewards) - 9)]
+    means = ten_step_means(history)
     if means and max(means) - means[-1] > max(0.5, max(means) / 2):
         return f"the mean reward of ten steps fell from {max(means):.2f} to {means[-1]:.2f}", best_step(history)
     return None
