@@ -32,19 +32,14 @@ from typing import NamedTuple
 import torch  # and neither transformers nor peft up here: unsloth, which train_grpo.py imports on a GPU, must come first
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 from scipy.stats import binomtest
 from tqdm import tqdm
 
 from data import (
-    ANSWER_COLUMNS,
     FILE_TYPES,
-    QUESTION_COLUMNS,
     UserError,
     fail,
-    find_column,
     load_questions,
-    load_rows,
     run_script,
     to_prompt,
     train_and_test_splits,
@@ -58,6 +53,7 @@ from rewards import (
     last_number,
     parse_number,
 )
+from support.asking import Screen, add_adapter, check_adapter, read_questions, resume_output
 
 # --- generation --------------------------------------------------------------------------------------
 
@@ -275,30 +271,7 @@ def evaluation_table(evaluations: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-# --- reading, writing, showing -----------------------------------------------------------------------
-
-
-class Screen:
-    """Prints a completion while it arrives, with a heading in the place of each opening tag."""
-
-    def __init__(self):
-        self.waiting, self.fresh = "", True  # fresh: nothing stands on this line yet
-
-    def write(self, text: str, end: bool = False) -> None:
-        self.waiting += text
-        # white space, and what may become a tag, wait for what follows
-        cut = len(self.waiting) if end else re.search(r"\s*(<[/a-z]*)?$", self.waiting).start()
-        ready, self.waiting = self.waiting[:cut], self.waiting[cut:]
-        for part in re.split(r"\s*(</?(?:reasoning|answer)>)\s*", ready):
-            if re.fullmatch(r"</?(reasoning|answer)>", part):
-                heading = "" if part.startswith("</") else f"— {part.strip('<>')}\n"
-                print(("" if self.fresh else "\n") + heading, end="")
-                self.fresh = True
-            elif part := part.lstrip() if self.fresh else part:
-                print(part, end="", flush=True)
-                self.fresh = False
-        if end and not self.fresh:
-            print()
+# --- what is written about an answer -----------------------------------------------------------------
 
 
 def rewards_of(text: str, label) -> dict[str, float | None]:
@@ -320,93 +293,6 @@ def to_record(index: int, question: str, label, completions: list[Completion], w
     if with_rewards:
         record["rewards"] = [rewards_of(text, label) for text in texts]
     return record
-
-
-def read_questions(file: str) -> tuple[list[str], list]:
-    """The questions of a JSONL, JSON, CSV, Parquet or text file, and their answers, None where it has no such column."""
-    if not Path(file).is_file():
-        raise UserError(f"there is no file {file}.")
-    rows = load_rows(file, "train")
-    questions = rows[find_column(rows, QUESTION_COLUMNS, file)][:]
-    labels = next((rows[name][:] for name in ANSWER_COLUMNS if name in rows.column_names), [None] * len(questions))
-    if file.endswith(".txt"):
-        questions = [question.strip("\ufeff") for question in questions if question.strip("\ufeff \t")]
-        labels = [None] * len(questions)
-    for number, (question, label) in enumerate(zip(questions, labels, strict=True), start=1):
-        if not isinstance(question, str) or not question.strip():
-            raise UserError(f"question {number} of {file} is empty or not text: correct or remove it.")
-        if label is not None and label_number(label) is None:
-            raise UserError(
-                f"question {number} of {file} has the answer {label!r}, which is not one number: correct it."
-            )
-    if not questions:
-        raise UserError(f"there is no question in {file}.")
-    return questions, labels
-
-
-def resume_output(output: Path, questions: list[str], settings: dict) -> int:
-    """How many questions of an earlier, perhaps killed, run stand in `output`; a half-written last line is cut off."""
-    if not output.exists():
-        return 0
-    try:
-        content = output.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {output}: {error.strerror}. Give another --output.") from error
-    whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    try:
-        records = [json.loads(line) for line in whole.splitlines()]
-        last = []  # a line that only lacks its end is answered anew, but it must be one of ours
-        with contextlib.suppress(ValueError):
-            last = [json.loads(rest)]
-        if not rest.startswith(b'{"index": '[: len(rest)]):
-            raise ValueError
-        if not all(r["question"] == questions[r["index"]] and r["index"] == i for i, r in enumerate(records + last)):
-            raise ValueError
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(
-            f"{output} holds something else than answers to these {len(questions)} questions: give another --output."
-        ) from error
-    other = [name for name, value in settings.items() if records and records[0].get(name) != value]
-    if other:
-        raise UserError(
-            f"{output} was begun with another {', '.join(other)} ({records[0].get(other[0])}): give another --output."
-        )
-    if len(whole) < len(content):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
-    return len(records)
-
-
-def check_adapter(adapter: Path, model: str) -> None:
-    """Raises UserError where the LoRA in `adapter` does not fit `model`: other layers, other widths."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except Exception as error:  # safetensors and transformers raise their own types
-        raise UserError(
-            f"cannot read the adapter {adapter} or its base model {model}: {error}".split("\n")[0]
-        ) from error
-    layers = {int(found[1]) for name in shapes if (found := re.search(r"\.layers\.(\d+)\.", name))}
-    widths = {shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name}
-    if len(layers) != config.num_hidden_layers or widths - {config.hidden_size}:
-        raise UserError(
-            f"the adapter {adapter} was trained on another model: it has {len(layers)} layers of width "
-            f"{', '.join(map(str, sorted(widths)))}, {model} has {config.num_hidden_layers} of {config.hidden_size}."
-        )
-
-
-def add_adapter(model, adapter: Path):
-    """`model` with the LoRA in the folder `adapter`. Raises UserError where they do not go together."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the adapter {adapter} cannot be put into this model: {reason}") from error
 
 
 # --- the command -------------------------------------------------------------------------------------

@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 from data import UserError
 from infer import (
     Completion,
-    Screen,
     evaluate,
     evaluation_table,
     majority,
     mcnemar,
     pass_at_k,
-    read_questions,
-    resume_output,
 )
+from support.asking import Screen, read_questions, resume_output
 
 PERFECT = "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n2\n</answer>"
 
