@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import shlex
 import sys
@@ -45,7 +46,7 @@ from support.preflight import (
 
 if GPU:
     # unsloth unrolls its loss into 4 chunks an answer and has torch.compile trace all of them: minutes before the first
-    # step, more for larger micro-batches, to save milliseconds afterwards. vLLM's own compilation stays on.
+    # step, more for larger micro-batches, to save milliseconds afterwards.
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     if torch.cuda.get_device_capability() < (8, 0):  # T4: no FlashAttention 2; XFORMERS fails at the first token
         os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
@@ -129,6 +130,9 @@ class Recipe:
         "auto", "auto: bfloat16 from compute capability 8.0, else float16"
     )
     use_vllm: bool = setting(True, "generate with vLLM in the same process; needs a GPU")
+    gradient_checkpointing: bool = setting(
+        True, "recompute activations in the backward pass: a third slower, and takes far less memory; on a GPU"
+    )
     gpu_memory_utilization: float = setting(0.6, "share of the card for vLLM: weights and KV cache")
     vram_gib: float = setting(0.0, "stay under so many GiB of GPU memory; 0: the whole card")
 
@@ -240,7 +244,9 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         "fast_inference": True,
         "gpu_memory_utilization": share,
         "max_lora_rank": recipe.lora_rank,
-        "max_num_seqs": max_num_seqs,  # unsloth would take 16 on a T4
+        "max_num_seqs": math.ceil(max_num_seqs / 8) * 8,  # unsloth would take 16 on a T4; graphs come in multiples of 8
+        # CUDA graphs for decoding, and no torch.compile: that takes minutes, more on Colab's two cores
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
     }
     try:
         return FastLanguageModel.from_pretrained(
@@ -263,7 +269,7 @@ def attach_lora(model, recipe: Recipe):
             r=recipe.lora_rank,
             lora_alpha=recipe.lora_rank,
             target_modules=LORA_TARGETS,
-            use_gradient_checkpointing="unsloth",
+            use_gradient_checkpointing="unsloth" if recipe.gradient_checkpointing else False,
             random_state=recipe.seed,
         )
     torch.manual_seed(recipe.seed)
@@ -306,7 +312,7 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "max_grad_norm": recipe.max_grad_norm,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "gradient_checkpointing": GPU,
+        "gradient_checkpointing": GPU and recipe.gradient_checkpointing,
         "dataloader_pin_memory": GPU,
         "use_cpu": not GPU,
         "logging_steps": 1,

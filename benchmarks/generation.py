@@ -3,7 +3,7 @@
     python -m benchmarks.generation --model MODEL --dataset DATASET --limit 400
 
 Both answer the same prompts greedily, on one card, in the same dtype, one after the other, each in a process of its own (unsloth
-changes transformers where it is imported), after a warm-up of 8 prompts: vLLM all of them in one call, transformers in
+changes transformers where it is imported), after one uncounted batch: vLLM all of them in one call, transformers in
 batches of each given size. Prints seconds, tokens per second and the ratio, median and range of the repeats, and how
 many of the answers are the same.
 """
@@ -42,7 +42,7 @@ def measure(args) -> None:
     prompts, labels = questions["prompt"][:], questions["answer"][:]
     results = {}
     for batch_size in [len(prompts)] if args.backend == "vLLM" else args.batch_sizes:
-        generate(model, tokenizer, prompts[:8], args.max_new_tokens)
+        generate(model, tokenizer, prompts[:batch_size], args.max_new_tokens)
         seconds = []
         for _ in range(args.repeats):
             start = time.perf_counter()
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="tiny/questions")
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[400, 64])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[400, 128])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", choices=["vLLM", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)

@@ -26,6 +26,7 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
     import train_grpo
     from data import load_questions, train_and_test_splits
     from infer import evaluate, generate
+    from support.report import Report
 
     recipe = train_grpo.parse_recipe(["--config", config, *settings])
     out = Path(recipe.output_dir)
@@ -59,6 +60,9 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
                 file.write(json.dumps(point) + "\n")
             self.last = time.time()
             self.measuring += self.last - start
+            for callback in self.trainer.callback_handler.callbacks:
+                if step and isinstance(callback, Report):
+                    callback.step_start += self.last - start  # not part of the step's seconds either
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.measure(0)

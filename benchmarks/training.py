@@ -3,10 +3,13 @@
     python -m benchmarks.training ours article trl --model MODEL --dataset DATASET --max_completion_length 200 [--SETTING VALUE ...]
 
 ours      train_grpo.py with recipes/t4.yaml
-article   train_grpo.py with recipes/article.yaml, and unsloth's loss compiled, as it is by default
+article   train_grpo.py with recipes/article.yaml; vLLM's model and unsloth's loss compiled, as they are by default
 trl       ours, but the model loaded by transformers and PEFT, and transformers generates: TRL as it comes, QLoRA
 trl_vllm  ours, but the model loaded by transformers and PEFT, and TRL's own colocated vLLM generates
+inductor  ours, but vLLM compiles the model with torch.compile, as it does by default
+compiled  ours, but unsloth's loss is compiled, as it is by default
 
+A variant may bring settings of its own: "ours --prompts_per_step 16".
 --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
 empty caches for compiled code (a step or two), then with those caches. Prints the seconds from the start of the process
 to the first optimiser step, cold and warm; of the steps after the second, the median seconds, how they divide, completions
@@ -21,6 +24,7 @@ import argparse
 import importlib.machinery
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -34,12 +38,15 @@ CONFIGS = {
     "article": "recipes/article.yaml",
     "trl": "recipes/t4.yaml",
     "trl_vllm": "recipes/t4.yaml",
+    "inductor": "recipes/t4.yaml",
+    "compiled": "recipes/t4.yaml",
 }
 CACHES = ["VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION"]
 
 
 def measure(variant: str, settings: list[str], started: float, json_file: Path) -> None:
     """One variant, in this process: writes what it measured to `json_file`."""
+    variant, *own = shlex.split(variant)
     from support.preflight import GIB, GPU, check_machine, compute_dtype, parameter_counts
 
     plain = variant.startswith("trl")
@@ -52,7 +59,7 @@ def measure(variant: str, settings: list[str], started: float, json_file: Path) 
 
     import train_grpo
 
-    recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings])
+    recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings, *own])
     if variant == "trl":
         recipe.use_vllm = False
     marks, steps, parts = {"imported": time.time() - started}, [], {}
@@ -130,6 +137,13 @@ def measure(variant: str, settings: list[str], started: float, json_file: Path) 
                 self.model.load_lora = timed("sync", self.model.load_lora)
 
     train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.GRPOTrainer = load_and_mark, arguments, Timed
+    if variant in ("inductor", "article"):
+        from_pretrained = train_grpo.FastLanguageModel.from_pretrained
+
+        def with_inductor(*args, compilation_config=None, **kwargs):
+            return from_pretrained(*args, **kwargs)
+
+        train_grpo.FastLanguageModel.from_pretrained = with_inductor
     if plain:  # the estimate is for unsloth's and vLLM's shared weights, and TRL adds the LoRA itself
         train_grpo.preflight = lambda *args: None
         train_grpo.attach_lora = lambda model, recipe: model
@@ -192,29 +206,32 @@ def floor_seconds(result: dict, step: dict, bandwidth: float, rate: float) -> tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=CONFIGS)
+    parser.add_argument("variants", nargs="+")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cold", action=argparse.BooleanOptionalAction, default=True, help="also start with no caches")
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     args, settings = parser.parse_known_args()
+    for variant in args.variants:
+        if variant.split()[0] not in CONFIGS:
+            parser.error(f"there is no variant {variant}: choose from {', '.join(CONFIGS)}.")
     if args.child:
         return measure(args.variants[0], settings, args.child, args.json)
 
     results, rates = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for variant in args.variants:
-            caches = {name: str(Path(folder, variant, name)) for name in CACHES} if args.cold else {}
+        for number, variant in enumerate(args.variants):
+            caches = {name: str(Path(folder, f"caches-{number}", name)) for name in CACHES} if args.cold else {}
             result = {}
             for start in ("cold", "warm") if args.cold else ("warm",):
-                path = Path(folder, f"{variant}-{start}.json")
+                path = Path(folder, f"{number}-{start}.json")
                 steps = ["--max_steps", str(args.steps if start == "warm" else 1)]
-                steps += ["--output_dir", str(Path(folder, f"{variant}-{start}"))]
+                steps += ["--output_dir", str(Path(folder, f"{number}-{start}"))]
                 quick = ["--eval_samples", "8", "--save_steps", "1000000", "--sample_steps", "1000000"]
                 command = [sys.executable, "-m", "benchmarks.training", variant, *quick, *settings, *steps]
                 command += ["--json", str(path), "--child", str(time.time())]
                 print(f"--- {variant}, {start}", flush=True)
-                compiled = {"UNSLOTH_COMPILE_DISABLE": "0"} if variant == "article" else {}
+                compiled = {"UNSLOTH_COMPILE_DISABLE": "0"} if variant.split()[0] in ("article", "compiled") else {}
                 if subprocess.run(command, env=os.environ | caches | compiled).returncode:
                     break
                 measured = json.loads(path.read_text())
@@ -238,7 +255,10 @@ def main() -> None:
         "compl./s",
         "tokens/s",
     ]
-    print(f"\n{'seconds':10}" + "".join(f"{head:>11}" for head in [*heads, "GiB", "card GiB", "floor", "over floor"]))
+    width = max(len(variant) for variant in args.variants) + 1
+    print(
+        f"\n{'seconds':{width}}" + "".join(f"{head:>11}" for head in [*heads, "GiB", "card GiB", "floor", "over floor"])
+    )
     for result in results:
         if result["dtype"] not in rates:
             rates[result["dtype"]] = card_rates(result["dtype"])
@@ -266,9 +286,9 @@ def main() -> None:
             floor,
             median("step") / floor,
         ]
-        print(f"{result['name']:10}" + "".join(f"{value:11.2f}" for value in row))
+        print(f"{result['name']:{width}}" + "".join(f"{value:11.2f}" for value in row))
         spread = [step["step"] for step in steady]
-        print(f"{'':10}  steps {min(spread):.2f} to {max(spread):.2f} s")
+        print(f"{'':{width}}  steps {min(spread):.2f} to {max(spread):.2f} s")
     for dtype, (bandwidth, rate) in rates.items():
         print(f"measured: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.1f} TFLOP/s in {dtype}")
 

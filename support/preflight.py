@@ -71,8 +71,13 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
     weights = linear * (4.127 / 8 if recipe.load_in_4bit else 2) + embeddings * 2
     kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
     optimizer = 2 if "8bit" in recipe.optim else 8
-    # One layer's activations are recomputed at a time; the others keep their input only.
-    activations = recipe.micro_batch_size * sequence * 2 * (layers * hidden + 8 * hidden + 6 * mlp)
+    if (
+        recipe.gradient_checkpointing
+    ):  # one layer's activations are recomputed at a time; the others keep their input only
+        kept = layers * hidden + 8 * hidden + 6 * mlp
+    else:
+        kept = layers * (6 * hidden + 2 * kv + 3 * mlp)
+    activations = recipe.micro_batch_size * sequence * 2 * kept
     logits = recipe.micro_batch_size * recipe.max_completion_length * config.vocab_size * 4 * 3
     parts = {
         "weights": weights,

@@ -168,6 +168,7 @@ def test_memory_grows_with_what_the_advice_lowers():
     assert total(micro_batch_size=3) < total()
     assert total(max_completion_length=192) < total()
     assert total(lora_rank=8) < total()
+    assert total(gradient_checkpointing=False) > total() + 10
     advice = memory_advice(Recipe())
     assert all(flag in advice for flag in ("--micro_batch_size 3", "--max_completion_length 192", "--lora_rank 8"))
     lowest = Recipe(micro_batch_size=1, max_completion_length=64, lora_rank=8)
