@@ -349,6 +349,39 @@ def training_questions(questions, recipe: Recipe):
     return concatenate_datasets(epochs).select(range(rows))
 
 
+class Trainer(GRPOTrainer):
+    """TRL's trainer, but it spends no time on answers that teach nothing.
+
+    Where all answers of a group earn the same, their advantages are 0, and so are their gradients, as long as there is
+    no KL term. That is most groups while the policy can do little, and again once it can do most. Such answers are moved
+    into micro-batches of their own, and those are skipped. The sum of the gradients stays what it was.
+    """
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs  # a later micro-batch of the same step
+        batches = self._buffered_inputs
+        order = (torch.cat([batch["advantages"] for batch in batches]) == 0).int().argsort(stable=True)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                parts = torch.cat([batch[name] for batch in batches])[order].split(len(value))
+            elif isinstance(value, list):
+                rows = [row for batch in batches for row in batch[name]]
+                parts = [[rows[i] for i in part] for part in order.split(len(value))]
+            else:  # the same for all
+                continue
+            for batch, part in zip(batches, parts, strict=True):
+                batch[name] = part
+        return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.beta == 0 and not inputs["advantages"].any():
+            return 0 * sum(weights.sum() for weights in model.parameters() if weights.requires_grad)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 def run(recipe: Recipe) -> None:
     start = time.perf_counter()
     out = Path(recipe.output_dir)
@@ -397,7 +430,7 @@ def run(recipe: Recipe) -> None:
 
     # Rewards and trainer.
     batch = {}
-    trainer = GRPOTrainer(
+    trainer = Trainer(
         model=model,
         reward_funcs=[recording(func, batch) for func in REWARD_FUNCS],
         args=config,

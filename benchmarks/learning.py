@@ -71,12 +71,12 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
             if time.time() - self.last >= interval or state.global_step == state.max_steps:
                 self.measure(state.global_step)
 
-    class Measured(train_grpo.GRPOTrainer):
+    class Measured(train_grpo.Trainer):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
             self.add_callback(Curve(self))
 
-    train_grpo.GRPOTrainer = Measured
+    train_grpo.Trainer = Measured
     # The run's own evaluations would add nothing but time.
     train_grpo.evaluate = lambda completions, labels: evaluate(completions, labels[:1])
     train_grpo.generate = lambda model, tokenizer, prompts, *args, **kwargs: generate(

@@ -113,7 +113,7 @@ def measure(variant: str, settings: list[str], started: float, json_file: Path) 
             marks.setdefault("first step", time.time() - started)
             steps.append({"step": time.perf_counter() - self.start, **parts})
 
-    class Timed(train_grpo.GRPOTrainer):
+    class Timed(train_grpo.Trainer):
         def __init__(self, model, **kwargs):
             if plain:
                 rank = recipe.lora_rank
@@ -136,7 +136,7 @@ def measure(variant: str, settings: list[str], started: float, json_file: Path) 
             if hasattr(self.model, "load_lora"):
                 self.model.load_lora = timed("sync", self.model.load_lora)
 
-    train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.GRPOTrainer = load_and_mark, arguments, Timed
+    train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.Trainer = load_and_mark, arguments, Timed
     if variant in ("inductor", "article"):
         from_pretrained = train_grpo.FastLanguageModel.from_pretrained
 

@@ -10,14 +10,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from trl import GRPOConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
-from data import UserError
-from rewards import correctness_reward_func
+from data import UserError, load_questions
+from rewards import REWARD_FUNCS, correctness_reward_func
 from support.preflight import estimate_memory, memory_advice
 from support.report import recording
-from train_grpo import Recipe, load_recipe, parse_recipe, training_arguments
+from train_grpo import (
+    Recipe,
+    Trainer,
+    attach_lora,
+    load_recipe,
+    parse_recipe,
+    training_arguments,
+    training_questions,
+)
 
 # Qwen2.5-7B's config.json
 QWEN_7B = SimpleNamespace(
@@ -214,3 +224,53 @@ def test_trl_knows_every_argument():
     names = {line.split('"')[1] for line in block.splitlines() if line.startswith('        "')}
     assert len(names) > 25
     assert names <= {f.name for f in dataclasses.fields(GRPOConfig)}
+
+
+# --- the trainer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_skipping_answers_without_advantage_leaves_the_gradient_as_it_is(beta, tmp_path):
+    changes = {"prompts_per_step": 8, "num_generations": 4, "micro_batch_size": 4, "max_steps": 1}
+    changes |= {"temperature": 0.3, "beta": beta, "output_dir": str(tmp_path)}
+    recipe = dataclasses.replace(load_recipe("recipes/tiny.yaml"), **changes)
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    questions = load_questions("tiny/questions", "train", tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+
+    def gradient(trainer_class):
+        trained = []
+
+        class Counting(trainer_class):
+            def _compute_loss(self, model, inputs):
+                trained.append(inputs["advantages"].tolist())
+                return super()._compute_loss(model, inputs)
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+                self.gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])
+
+        keep = Keep()
+        trainer = Counting(
+            model=attach_lora(AutoModelForCausalLM.from_pretrained("tiny"), recipe),
+            reward_funcs=REWARD_FUNCS,
+            args=training_arguments(recipe),
+            train_dataset=training_questions(questions, recipe),
+            processing_class=tokenizer,
+            callbacks=[keep],
+        )
+        trainer.train()
+        return keep.gradient, trained
+
+    expected, everything = gradient(GRPOTrainer)
+    found, some = gradient(Trainer)
+    assert expected.abs().max() > 0
+    assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
+    zero = sum(not advantage for batch in everything for advantage in batch)
+    assert zero >= 4  # there is something to skip, with this seed
+    assert len(everything) == 8
+    assert len(some) == (8 - zero // 4 if beta == 0 else 8)
+
+    def nonzero(batches):
+        return sorted(advantage for batch in batches for advantage in batch if advantage)
+
+    assert nonzero(some) == nonzero(everything)
