@@ -48,6 +48,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     model = train_grpo.attach_lora(base, longest)
     train_grpo.load_base_model = lambda *args: (base, tokenizer)
     train_grpo.attach_lora = lambda *args: model
+    train_grpo.Trainer = train_grpo.GRPOTrainer  # random weights earn nothing: every answer would be skipped
     support.preflight.check_memory = lambda *args: None  # what is estimated too large shall be tried
     config = AutoConfig.from_pretrained(longest.model)
     for point, recipe in recipes:

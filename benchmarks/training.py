@@ -44,7 +44,7 @@ CONFIGS = {
 CACHES = ["VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION"]
 
 
-def measure(variant: str, settings: list[str], started: float, json_file: Path) -> None:
+def measure(variant: str, settings: list[str], started: float, all_answers: bool, json_file: Path) -> None:
     """One variant, in this process: writes what it measured to `json_file`."""
     variant, *own = shlex.split(variant)
     from support.preflight import GIB, GPU, check_machine, compute_dtype, parameter_counts
@@ -113,7 +113,7 @@ def measure(variant: str, settings: list[str], started: float, json_file: Path) 
             marks.setdefault("first step", time.time() - started)
             steps.append({"step": time.perf_counter() - self.start, **parts})
 
-    class Timed(train_grpo.Trainer):
+    class Timed(train_grpo.GRPOTrainer if plain or all_answers else train_grpo.Trainer):
         def __init__(self, model, **kwargs):
             if plain:
                 rank = recipe.lora_rank
@@ -137,7 +137,7 @@ def measure(variant: str, settings: list[str], started: float, json_file: Path) 
                 self.model.load_lora = timed("sync", self.model.load_lora)
 
     train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.Trainer = load_and_mark, arguments, Timed
-    if variant in ("inductor", "article"):
+    if GPU and variant in ("inductor", "article"):
         from_pretrained = train_grpo.FastLanguageModel.from_pretrained
 
         def with_inductor(*args, compilation_config=None, **kwargs):
@@ -209,6 +209,11 @@ def main() -> None:
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cold", action=argparse.BooleanOptionalAction, default=True, help="also start with no caches")
+    parser.add_argument(
+        "--all_answers",
+        action="store_true",
+        help="train on answers without advantage too: for a model with random weights, which earns nothing",
+    )
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     args, settings = parser.parse_known_args()
@@ -216,7 +221,7 @@ def main() -> None:
         if variant.split()[0] not in CONFIGS:
             parser.error(f"there is no variant {variant}: choose from {', '.join(CONFIGS)}.")
     if args.child:
-        return measure(args.variants[0], settings, args.child, args.json)
+        return measure(args.variants[0], settings, args.child, args.all_answers, args.json)
 
     results, rates = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -229,6 +234,7 @@ def main() -> None:
                 steps += ["--output_dir", str(Path(folder, f"{number}-{start}"))]
                 quick = ["--eval_samples", "8", "--save_steps", "1000000", "--sample_steps", "1000000"]
                 command = [sys.executable, "-m", "benchmarks.training", variant, *quick, *settings, *steps]
+                command += ["--all_answers"] if args.all_answers else []
                 command += ["--json", str(path), "--child", str(time.time())]
                 print(f"--- {variant}, {start}", flush=True)
                 compiled = {"UNSLOTH_COMPILE_DISABLE": "0"} if variant.split()[0] in ("article", "compiled") else {}
