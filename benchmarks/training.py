@@ -17,7 +17,8 @@ and tokens a second; peak memory; and the least that the card could need for suc
 
   generation: each token of the longest completion reads the weights once, at the measured bandwidth;
   training: 4 floating-point operations a weight and token (forward, and backward through frozen weights), at the
-  measured matrix rate, for prompts and completions, the output layer for completions only.
+  measured matrix rate, for prompts and completions, the output layer for completions only, and for groups with an
+  advantage only, where the variant skips the others.
 """
 
 import argparse
@@ -154,6 +155,8 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         step["completions"] = recipe.prompts_per_step * recipe.num_generations
         step["tokens"] = logged["completions/mean_length"] * step["completions"]
         step["longest"] = logged["completions/max_length"]
+        everything = plain or all_answers or recipe.beta
+        step["trained"] = 1 if everything else 1 - logged["frac_reward_zero_std"]
     steps[0]["all tokens"] = metrics[0]["num_tokens"]
     for step, before, logged in zip(steps[1:], metrics, metrics[1:], strict=False):
         step["all tokens"] = logged["num_tokens"] - before["num_tokens"]
@@ -200,7 +203,7 @@ print(2 * m / seconds(lambda: c.copy_(b)), 2 * n**3 / seconds(lambda: a @ a))
 def floor_seconds(result: dict, step: dict, bandwidth: float, rate: float) -> tuple[float, float]:
     """The least seconds of generation and of training for `step`."""
     weights = result["linear"] * result["linear_bytes"] + result["output_layer"] * result["bytes"]
-    operations = 4 * (result["linear"] * step["all tokens"] + result["output_layer"] * step["tokens"])
+    operations = 4 * step["trained"] * (result["linear"] * step["all tokens"] + result["output_layer"] * step["tokens"])
     return step["longest"] * weights / bandwidth, operations / rate
 
 
