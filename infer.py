@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -26,13 +25,11 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch  # and neither transformers nor peft up here: unsloth, which train_grpo.py imports on a GPU, must come first
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from data import (
@@ -46,14 +43,14 @@ from data import (
 )
 from rewards import (
     REWARD_FUNCS,
-    extract_answer,
     is_correct,
     is_strict_format,
     label_number,
     last_number,
-    parse_number,
 )
-from support.asking import Screen, add_adapter, check_adapter, read_questions, resume_output
+from support.adapters import add_adapter, check_adapter, export
+from support.asking import Screen, read_questions, resume_output
+from support.figures import is_majority_right, majority, mcnemar, pass_at_k, vote, wilson
 
 # --- generation --------------------------------------------------------------------------------------
 
@@ -161,58 +158,6 @@ def _stream_vllm(engine, text: str, sampling, lora, on_text: Callable[[str], Non
 
 
 # --- figures -----------------------------------------------------------------------------------------
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of successes/n (Wilson 1927). Here, because scipy's takes whole successes only."""
-    z, share = NormalDist().inv_cdf(0.975), successes / n
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(center - half, 0.0), min(center + half, 1.0)
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that at least one of k samples is right, from n ≥ k samples of which `right` are: 1 − C(n−right, k) / C(n, k).
-
-    The unbiased estimator of Chen et al. 2021, https://arxiv.org/abs/2107.03374, equation 1.
-    """
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def majority(texts: list[str]) -> str | None:
-    """The answer that most of `texts` give, as first written; of equally frequent ones the first. None without any."""
-    answers = [answer for text in texts if (answer := extract_answer(text) or "").strip()]
-    votes = Counter(_vote(answer) for answer in answers)
-    if not votes:
-        return None
-    winner = votes.most_common(1)[0][0]
-    return next(answer.strip() for answer in answers if _vote(answer) == winner)
-
-
-def _vote(answer: str):
-    number = parse_number(answer)  # 72 and 72.0 vote for the same
-    return answer.strip() if number is None else number
-
-
-def is_majority_right(texts: list[str], label) -> bool:
-    """Whether the answer that most of `texts` give is `label`; of a single text, the same as is_correct."""
-    answer = majority(texts)
-    return answer is not None and parse_number(answer) == label_number(label)
-
-
-def mcnemar(before: list[bool], after: list[bool]) -> dict[str, float]:
-    """How two policies differ on the same questions, with the p-value of McNemar's exact test (McNemar 1947).
-
-    gained: right only after; lost: right only before. If neither policy were better, gained would be binomial with
-    probability 1/2 among the gained and lost together.
-    """
-    gained = sum(b < a for b, a in zip(before, after, strict=True))
-    lost = sum(b > a for b, a in zip(before, after, strict=True))
-    return {
-        "gained": gained,
-        "lost": lost,
-        "p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
-    }
 
 
 def evaluate(completions: list[Completion], labels: list, samples: int = 1) -> dict[str, float]:
@@ -427,7 +372,9 @@ def main() -> None:
         print(f"All {done} questions are answered in {args.output} already.")
         return
     if args.merge or args.gguf:
-        return export(args, recipe)
+        if GPU and args.model:
+            raise UserError("on a GPU the adapter is merged into the model that it names: leave out --model.")
+        return export(args.adapter, recipe, args.merge or args.gguf, gguf=bool(args.gguf))
 
     model, tokenizer = load_base_model(recipe, max_num_seqs=128)
     if args.adapter and not hasattr(model, "vllm_engine"):
@@ -489,7 +436,7 @@ def main() -> None:
                     )
                     print(f"{name} {number}: {parts}")
             if args.samples > 1:
-                votes = Counter(_vote(majority([text]) or "no answer") for text in texts)
+                votes = Counter(vote(majority([text]) or "no answer") for text in texts)
                 tally = [
                     (f"{vote:f}" if isinstance(vote, Decimal) else vote, count) for vote, count in votes.most_common()
                 ]
@@ -596,48 +543,6 @@ def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
             args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write to {args.json}: {error.strerror}.") from error
-
-
-def export(args, recipe) -> None:
-    """--merge and --gguf: the base model with the adapter merged into it."""
-    from train_grpo import GPU, load_base_model
-
-    out = args.merge or args.gguf
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already: give a new folder.")
-    if args.gguf and not GPU:
-        raise UserError(
-            "GGUF is written by unsloth's converter, which needs unsloth and a CUDA GPU: "
-            "use --merge DIR, then llama.cpp's convert_hf_to_gguf.py DIR."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").touch()  # that the folder takes files is known before the model is loaded
-        (out / "config.json").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}.") from error
-    if GPU and args.model:
-        raise UserError("on a GPU the adapter is merged into the model that it names: leave out --model.")
-    if GPU:
-        from unsloth import FastLanguageModel
-
-        model, tokenizer = FastLanguageModel.from_pretrained(str(args.adapter), load_in_4bit=recipe.load_in_4bit)
-        try:
-            if args.gguf:
-                model.save_pretrained_gguf(str(out), tokenizer, quantization_method="q8_0")
-            else:
-                model.save_pretrained_merged(str(out), tokenizer, save_method="merged_16bit")
-        except (OSError, RuntimeError, ImportError) as error:
-            raise UserError(f"unsloth could not write {out}: {' '.join(str(error).split())}") from error
-    else:
-        model, tokenizer = load_base_model(recipe, max_num_seqs=1)
-        model = add_adapter(model, args.adapter).merge_and_unload().to(torch.bfloat16)
-        try:
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-        except Exception as error:  # safetensors has types of its own
-            raise UserError(f"cannot write the model to {out}: {error}".split("\n")[0]) from error
-    print(f"The merged model is in {out}.")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
 The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation.
 """
 
-import argparse
-import dataclasses
-import difflib
 import json
 import math
 import os
@@ -26,9 +23,9 @@ import shlex
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -52,13 +49,13 @@ if GPU:
         os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
     from unsloth import FastLanguageModel  # before trl, transformers and peft, which it patches
 
-import yaml
 from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProgressCallback
-from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
 
-from data import HUB_ID, SYSTEM_PROMPT, UserError, fail, load_questions, run_script, train_and_test_splits
+from data import HUB_ID, SYSTEM_PROMPT, UserError, load_questions, run_script, train_and_test_splits
 from infer import evaluate, evaluation_table, generate
 from rewards import REWARD_FUNCS
 from support.checkpoints import (
@@ -73,15 +70,12 @@ from support.checkpoints import (
     write_recipe,
 )
 from support.report import Report, installed_versions, recording
+from support.settings import parse_settings, setting
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 # --- settings ----------------------------------------------------------------------------------------
-
-
-def setting(default, reason: str, **argument):
-    return field(default=default, metadata={"help": reason, **argument})
 
 
 @dataclass
@@ -150,68 +144,7 @@ def load_recipe(config: str | Path | None = None) -> Recipe:
 
 def parse_recipe(argv: list[str]) -> Recipe:
     """The recipe from `--config FILE` and flags, which win. Raises UserError for what is unknown or makes no sense."""
-    parser = TrlParser(
-        Recipe,
-        usage="python train_grpo.py [--config FILE] [--SETTING VALUE ...]",
-        description=__doc__.split("\n")[0],
-        epilog="--config FILE reads settings from a YAML file; flags win over it. Presets: recipes/*.yaml.",
-        allow_abbrev=False,
-    )
-    parser.error = fail
-    for action in parser._actions:  # --no_use_vllm and its like would repeat the help text of what they negate
-        if action.dest.startswith("no_") or any(name.startswith("--no_") for name in action.option_strings):
-            action.help = argparse.SUPPRESS
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    try:
-        recipe, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {error.filename}: {error.strerror}.") from error
-    except (yaml.YAMLError, TypeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{' '.join(argv)}: this is not a YAML file of `setting: value` lines ({reason}).") from error
-    if unknown:
-        names = [f.name for f in dataclasses.fields(Recipe)]
-        if not unknown[0].startswith("--"):
-            raise UserError(f"settings are given as --SETTING VALUE; {unknown[0]} is neither. --help lists them all.")
-        name = unknown[0].lstrip("-").split("=")[0]
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown setting {unknown[0]}; the nearest is --{nearest}. --help lists them all.")
-    check_recipe(recipe)
-    return recipe
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Raises UserError for values that cannot work, with the value that does."""
-    for f in dataclasses.fields(Recipe):
-        value = getattr(recipe, f.name)
-        if f.type is float and type(value) is int:
-            setattr(recipe, f.name, float(value))
-        elif f.type in (int, float, str, bool) and type(value) is not f.type:
-            raise UserError(f"{f.name} is {value!r}: give a value of type {f.type.__name__}.")
-        elif get_args(f.type) and value not in get_args(f.type):
-            raise UserError(f"{f.name} is {value!r}: choose from {', '.join(get_args(f.type))}.")
-    least = dict.fromkeys(
-        ["max_steps", "prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "lora_rank"]
-        + ["eval_samples", "save_steps", "sample_steps"],
-        1,
-    )
-    least |= {"num_generations": 2, "beta": 0, "epsilon": 0, "weight_decay": 0, "vram_gib": 0, "seed": 0}
-    for name, low in least.items():
-        if not getattr(recipe, name) >= low:
-            raise UserError(f"--{name} {getattr(recipe, name)} is too small: give {low} or more.")
-    for name in ("learning_rate", "temperature", "max_grad_norm"):
-        if not getattr(recipe, name) > 0:
-            raise UserError(f"--{name} {getattr(recipe, name)} must be above 0.")
-    for name in ("gpu_memory_utilization", "warmup_ratio", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(recipe, name) < 1:
-            raise UserError(f"--{name} {getattr(recipe, name)} must lie between 0 and 1.")
-    completions = recipe.prompts_per_step * recipe.num_generations
-    if completions % recipe.micro_batch_size:
-        divisor = max(d for d in range(1, recipe.micro_batch_size) if completions % d == 0)
-        raise UserError(
-            f"{recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions do not "
-            f"divide into micro-batches of {recipe.micro_batch_size}: give --micro_batch_size {divisor}."
-        )
+    return parse_settings(Recipe, argv, description=__doc__.split("\n")[0])
 
 
 # --- model -------------------------------------------------------------------------------------------
@@ -354,27 +287,23 @@ class Trainer(GRPOTrainer):
 
     Where all answers of a group earn the same, their advantages are 0, and so are their gradients, as long as there is
     no KL term. That is most groups while the policy can do little, and again once it can do most. Such answers are moved
-    into micro-batches of their own, and those are skipped. The sum of the gradients stays what it was.
+    into micro-batches of their own, and those are skipped. The sum of the gradients stays what it was (but with bnpo,
+    which takes the mean over the tokens of whatever a micro-batch holds).
     """
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before:
-            return inputs  # a later micro-batch of the same step
         batches = self._buffered_inputs
-        order = (torch.cat([batch["advantages"] for batch in batches]) == 0).int().argsort(stable=True)
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.ndim:
-                parts = torch.cat([batch[name] for batch in batches])[order].split(len(value))
-            elif isinstance(value, list):
-                rows = [row for batch in batches for row in batch[name]]
-                parts = [[rows[i] for i in part] for part in order.split(len(value))]
-            else:  # the same for all
-                continue
-            for batch, part in zip(batches, parts, strict=True):
-                batch[name] = part
-        return inputs
+        if batches is before:
+            return inputs  # a later micro-batch of the same step
+        order = (torch.cat([batch["advantages"] for batch in batches]) == 0).int().argsort(stable=True).cpu()
+        step = {
+            name: value if value is None or value.ndim == 0 else torch.cat([batch[name] for batch in batches])[order]
+            for name, value in inputs.items()
+        }
+        self._buffered_inputs = split_tensor_dict(step, len(batches))
+        return self._buffered_inputs[0]
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.beta == 0 and not inputs["advantages"].any():

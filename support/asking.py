@@ -1,11 +1,9 @@
-"""What infer.py does around the answers: shows them as they arrive, reads questions, continues a file, checks an adapter."""
+"""What infer.py does around the answers: shows them as they arrive, reads questions, continues a file."""
 
 import contextlib
 import json
 import re
 from pathlib import Path
-
-from safetensors import safe_open
 
 from data import ANSWER_COLUMNS, QUESTION_COLUMNS, UserError, find_column, load_rows
 from rewards import label_number
@@ -87,35 +85,3 @@ def resume_output(output: Path, questions: list[str], settings: dict) -> int:
         with output.open("r+b") as file:
             file.truncate(len(whole))
     return len(records)
-
-
-def check_adapter(adapter: Path, model: str) -> None:
-    """Raises UserError where the LoRA in `adapter` does not fit `model`: other layers, other widths."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except Exception as error:  # safetensors and transformers raise their own types
-        raise UserError(
-            f"cannot read the adapter {adapter} or its base model {model}: {error}".split("\n")[0]
-        ) from error
-    layers = {int(found[1]) for name in shapes if (found := re.search(r"\.layers\.(\d+)\.", name))}
-    widths = {shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name}
-    if len(layers) != config.num_hidden_layers or widths - {config.hidden_size}:
-        raise UserError(
-            f"the adapter {adapter} was trained on another model: it has {len(layers)} layers of width "
-            f"{', '.join(map(str, sorted(widths)))}, {model} has {config.num_hidden_layers} of {config.hidden_size}."
-        )
-
-
-def add_adapter(model, adapter: Path):
-    """`model` with the LoRA in the folder `adapter`. Raises UserError where they do not go together."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the adapter {adapter} cannot be put into this model: {reason}") from error

@@ -71,9 +71,8 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
     weights = linear * (4.127 / 8 if recipe.load_in_4bit else 2) + embeddings * 2
     kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
     optimizer = 2 if "8bit" in recipe.optim else 8
-    if (
-        recipe.gradient_checkpointing
-    ):  # one layer's activations are recomputed at a time; the others keep their input only
+    if recipe.gradient_checkpointing:
+        # One layer's activations are recomputed at a time; the others keep their input only.
         kept = layers * hidden + 8 * hidden + 6 * mlp
     else:
         kept = layers * (6 * hidden + 2 * kv + 3 * mlp)
@@ -96,8 +95,8 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
 def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> float:
     """A rough duration of training in minutes, from this machine's measured matrix rate and memory bandwidth.
 
-    Generation reads the weights once a token; training takes 6 floating-point operations a parameter and token, forward,
-    recomputed forward and backward through frozen weights. Both run at a third of the measured rates; a decoding step
+    Generation reads the weights once a token; training takes 6 floating-point operations a parameter and token: forward,
+    recomputed forward (not without gradient checkpointing) and backward through frozen weights. Both run at a third of the measured rates; a decoding step
     takes 8 ms at least, an optimiser step half a second.
     """
     device, dtype, n = ("cuda", compute_dtype(recipe), 4096) if GPU else ("cpu", torch.float32, 1024)
@@ -117,7 +116,8 @@ def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> fl
     sequence = (recipe.max_prompt_length + recipe.max_completion_length) / 2  # most are shorter than the limits
     tokens = recipe.prompts_per_step * recipe.num_generations * sequence
     generation = recipe.max_completion_length * max(3 * weight_gib * GIB / bandwidth, 0.008)
-    return recipe.max_steps * (generation + 3 * 6 * parameters * tokens / flops + 0.5) / 60
+    operations = 6 if recipe.gradient_checkpointing else 4
+    return recipe.max_steps * (generation + 3 * operations * parameters * tokens / flops + 0.5) / 60
 
 
 def memory_advice(recipe: Recipe, resumed: bool = False) -> str:
@@ -130,7 +130,8 @@ def memory_advice(recipe: Recipe, resumed: bool = False) -> str:
     }
     if resumed or recipe.resume:
         del lower["lora_rank"]
-    flags = [f"--{name} {value}" for name, value in lower.items() if value < getattr(recipe, name)]
+    flags = [] if recipe.gradient_checkpointing else ["--gradient_checkpointing true"]
+    flags += [f"--{name} {value}" for name, value in lower.items() if value < getattr(recipe, name)]
     return f"try {' or '.join(flags)}." if flags else "take a smaller --model."
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from data import UserError, to_prompt
 from infer import generate, main
-from support.asking import check_adapter
+from support.adapters import check_adapter
 from train_grpo import attach_lora, load_recipe
 
 QUESTION = "乐乐每小时折11只纸鹤，小刚每小时折20只，两人一起折3小时，共折多少只？"

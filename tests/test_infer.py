@@ -12,11 +12,9 @@ from infer import (
     Completion,
     evaluate,
     evaluation_table,
-    majority,
-    mcnemar,
-    pass_at_k,
 )
 from support.asking import Screen, read_questions, resume_output
+from support.figures import majority, mcnemar, pass_at_k
 
 PERFECT = "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n2\n</answer>"
 

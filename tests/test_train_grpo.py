@@ -183,6 +183,7 @@ def test_memory_grows_with_what_the_advice_lowers():
     assert all(flag in advice for flag in ("--micro_batch_size 3", "--max_completion_length 192", "--lora_rank 8"))
     lowest = Recipe(micro_batch_size=1, max_completion_length=64, lora_rank=8)
     assert memory_advice(lowest) == "take a smaller --model."
+    assert "--gradient_checkpointing true" in memory_advice(Recipe(gradient_checkpointing=False))
 
 
 # --- rewards on their way to TRL -----------------------------------------------------------------
@@ -229,10 +230,10 @@ def test_trl_knows_every_argument():
 # --- the trainer ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_skipping_answers_without_advantage_leaves_the_gradient_as_it_is(beta, tmp_path):
+@pytest.mark.parametrize("loss_type, beta", [("dapo", 0.0), ("grpo", 0.0), ("dr_grpo", 0.0), ("dapo", 0.04)])
+def test_skipping_answers_without_advantage_leaves_the_gradient_as_it_is(loss_type, beta, tmp_path):
     changes = {"prompts_per_step": 8, "num_generations": 4, "micro_batch_size": 4, "max_steps": 1}
-    changes |= {"temperature": 0.3, "beta": beta, "output_dir": str(tmp_path)}
+    changes |= {"temperature": 0.3, "loss_type": loss_type, "beta": beta, "output_dir": str(tmp_path)}
     recipe = dataclasses.replace(load_recipe("recipes/tiny.yaml"), **changes)
     tokenizer = AutoTokenizer.from_pretrained("tiny")
     questions = load_questions("tiny/questions", "train", tokenizer, recipe.max_prompt_length, recipe.system_prompt)
