@@ -100,7 +100,7 @@ class Recipe:
     micro_batch_size: int = setting(6, "answers in one backward pass; lower it when memory runs out")
     max_prompt_length: int = setting(256, "tokens; longer questions are dropped")
     max_completion_length: int = setting(256, "tokens; longer answers are cut off")
-    temperature: float = setting(1.0, "of sampling in training; 1.0 samples from the policy itself")
+    temperature: float = setting(0.7, "of sampling in training, and of the policy whose probabilities are trained")
 
     learning_rate: float = setting(2e-5, "a LoRA takes about ten times the rate of full fine-tuning")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(

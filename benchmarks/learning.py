@@ -3,15 +3,16 @@
     python -m benchmarks.learning OUT recipes/t4.yaml recipes/article.yaml --seeds 1 2 --model MODEL --dataset DATASET [--SETTING VALUE ...]
     python -m benchmarks.learning OUT        the table and the picture again, from what is in OUT
 
---SETTING VALUE goes to every recipe. Every --interval seconds of training, the policy of the moment answers --eval_samples
-held-out questions, greedily, in at most --eval_length tokens. The time that this takes is not counted; everything else is, from the start of
-the process. Writes OUT/RECIPE-SEED/curve.jsonl, a line a measurement, beside what the run itself writes, and OUT/learning.png.
+--SETTING VALUE goes to every recipe; a recipe may bring settings of its own, which win: "recipes/small.yaml --micro_batch_size 32".
+Every --interval seconds of training, the policy of the moment answers --eval_samples held-out questions, greedily, in at most
+--eval_length tokens. The time that this takes is not counted; everything else is, from the start of the process. Writes OUT/RECIPE-SEED/curve.jsonl, a line a measurement, beside what the run itself writes, and OUT/learning.png.
 Prints how long each recipe took to reach the accuracy at which the last recipe ended.
 """
 
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
     from infer import evaluate, generate
     from support.report import Report
 
-    recipe = train_grpo.parse_recipe(["--config", config, *settings])
+    config, *own = shlex.split(config)
+    recipe = train_grpo.parse_recipe(["--config", config, *settings, *own])
     out = Path(recipe.output_dir)
 
     class Curve(TrainerCallback):
@@ -159,7 +161,9 @@ def main() -> None:
     args, settings = parser.parse_known_args()
     if args.child:
         return measure(args.recipes[0], settings, args.child, args.interval, args.eval_length)
-    names = [Path(config).stem for config in args.recipes]
+    names = [Path(shlex.split(config)[0]).stem for config in args.recipes]
+    if len(set(names)) < len(names):
+        parser.error("give each recipe in a file of its own name")
     for seed in args.seeds if names else []:
         for name, config in zip(names, args.recipes, strict=True):
             run = ["--output_dir", str(args.out / f"{name}-{seed}"), "--seed", str(seed)]
