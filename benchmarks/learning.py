@@ -5,7 +5,8 @@
 
 --SETTING VALUE goes to every recipe; a recipe may bring settings of its own, which win: "recipes/small.yaml --micro_batch_size 32".
 Every --interval seconds of training, the policy of the moment answers --eval_samples held-out questions, greedily, in at most
---eval_length tokens. The time that this takes is not counted; everything else is, from the start of the process. Writes OUT/RECIPE-SEED/curve.jsonl, a line a measurement, beside what the run itself writes, and OUT/learning.png.
+--eval_length tokens. The time that this takes is not counted, nor is that of the run's own evaluations; everything else is, from
+the start of the process. Writes OUT/RECIPE-SEED/curve.jsonl, a line a measurement, beside what the run itself writes, and OUT/learning.png.
 Prints how long each recipe took to reach the accuracy at which the last recipe ended.
 """
 
@@ -32,12 +33,14 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
     config, *own = shlex.split(config)
     recipe = train_grpo.parse_recipe(["--config", config, *settings, *own])
     out = Path(recipe.output_dir)
+    measuring = 0.0  # seconds
 
     class Curve(TrainerCallback):
         def __init__(self, trainer):
-            self.trainer, self.measuring, self.last = trainer, 0.0, None
+            self.trainer, self.last = trainer, None
 
         def measure(self, step: int) -> None:
+            nonlocal measuring
             start = time.time()
             adapter = None
             if step:
@@ -55,13 +58,13 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
             completions = generate(model, tokenizer, test["prompt"][:], eval_length, adapter=adapter)
             point = {
                 "step": step,
-                "seconds": start - started - self.measuring,
+                "seconds": start - started - measuring,
                 **evaluate(completions, test["answer"][:]),
             }
             with (out / "curve.jsonl").open("a") as file:
                 file.write(json.dumps(point) + "\n")
             self.last = time.time()
-            self.measuring += self.last - start
+            measuring += self.last - start
             for callback in self.trainer.callback_handler.callbacks:
                 if step and isinstance(callback, Report):
                     callback.step_start += self.last - start  # not part of the step's seconds either
@@ -78,12 +81,14 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
             super().__init__(**kwargs)
             self.add_callback(Curve(self))
 
-    train_grpo.Trainer = Measured
-    # The run's own evaluations would add nothing but time.
-    train_grpo.evaluate = lambda completions, labels: evaluate(completions, labels[:1])
-    train_grpo.generate = lambda model, tokenizer, prompts, *args, **kwargs: generate(
-        model, tokenizer, prompts[:1], *args, **kwargs
-    )
+    def uncounted(*args, **kwargs):
+        nonlocal measuring
+        start = time.time()
+        completions = generate(*args, **kwargs)
+        measuring += time.time() - start
+        return completions
+
+    train_grpo.Trainer, train_grpo.generate = Measured, uncounted
     train_grpo.run(recipe)
 
 
