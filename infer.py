@@ -13,7 +13,6 @@ wrote beside the adapter. vLLM through unsloth generates on a GPU, transformers 
 `generate` and `evaluate` below, before its first step and after its last, so its figures and these are the same.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -32,24 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from data import (
-    FILE_TYPES,
-    UserError,
-    fail,
-    load_questions,
-    run_script,
-    to_prompt,
-    train_and_test_splits,
-)
-from rewards import (
-    REWARD_FUNCS,
-    is_correct,
-    is_strict_format,
-    label_number,
-    last_number,
-)
+from data import UserError, load_questions, run_script, to_prompt, train_and_test_splits
+from rewards import REWARD_FUNCS, is_correct, is_strict_format, label_number, last_number
 from support.adapters import add_adapter, check_adapter, export
-from support.asking import Screen, read_questions, resume_output
+from support.asking import Screen, parse_arguments, read_questions, resume_output
 from support.figures import is_majority_right, majority, mcnemar, pass_at_k, vote, wilson
 
 # --- generation --------------------------------------------------------------------------------------
@@ -243,83 +228,8 @@ def to_record(index: int, question: str, label, completions: list[Completion], w
 # --- the command -------------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail
-    add = parser.add_argument
-    add("question", nargs="?", help="the question; without one, questions are read from the terminal or a pipe")
-    add("--adapter", type=Path, metavar="DIR", help="a LoRA that train_grpo.py saved; default: none")
-    add("--model", help="the base model; default: the adapter's, else train_grpo.py's")
-    add("--compare", action="store_true", help="the base model beside the adapter, same prompt, same seed")
-    add("--samples", type=int, default=1, metavar="N", help="answers to each question, their tally and the majority")
-    add("--temperature", type=float, help="default: 0, greedy; with --samples, the one of the training")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
-    add("--max_new_tokens", type=int, metavar="N", help="default: the adapter's, else train_grpo.py's")
-    add("--seed", type=int, default=0, help="of sampling; default: %(default)s")
-    add("--show-prompt", action="store_true", help="print the exact prompt first")
-    add("--rewards", action="store_true", help="the five rewards of every answer")
-    add("--expected", metavar="NUMBER", help="the right answer to the question, for --rewards")
-    add("--input", metavar="FILE", help="questions: JSONL, JSON, CSV, Parquet, or text with one a line")
-    add("--output", type=Path, metavar="FILE.jsonl", help="where their answers go; a second run continues a killed one")
-    add("--eval", metavar="SPLIT_OR_FILE", help="measure on this split of the dataset (test), or on a file")
-    add("--dataset", help="hub id, folder or file of --eval; default: the adapter's, else train_grpo.py's")
-    add("--limit", type=int, metavar="N", help="the first N questions of --eval or --input only")
-    add("--json", type=Path, metavar="FILE", help="write the figures of --eval to FILE")
-    add("--merge", type=Path, metavar="DIR", help="write the base model with the adapter merged into it, 16-bit")
-    add("--gguf", type=Path, metavar="DIR", help="write the same as GGUF, with unsloth's converter")
-    args = parser.parse_args()
-
-    jobs = [name for name in ("question", "input", "eval", "merge", "gguf") if getattr(args, name) is not None]
-    if len(jobs) > 1:
-        raise UserError(f"{' and '.join(jobs)} cannot go together: give one of them.")
-    if args.question is not None and not args.question.strip():
-        raise UserError("the question is empty.")
-    for name in ("input", "eval"):
-        if getattr(args, name) == "":
-            raise UserError(f"--{name} is empty: give it a value.")
-    for name, least in {"limit": 1, "max_new_tokens": 1, "samples": 1}.items():
-        if getattr(args, name) is not None and not getattr(args, name) >= least:
-            raise UserError(f"--{name} {getattr(args, name)} is too small: give {least} or more.")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed} must lie from 0 to {2**32 - 1}.")
-    if args.temperature is not None and not (args.temperature == 0 or 0.01 <= args.temperature <= 10):
-        raise UserError(f"--temperature {args.temperature} must be 0, which is greedy, or lie from 0.01 to 10.")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p {args.top_p} must lie above 0 and not above 1.")
-    if args.samples > 1 and args.temperature == 0:
-        raise UserError("--temperature 0 gives the same answer every time: leave it out, or --samples.")
-    if args.expected is not None and label_number(args.expected) is None:
-        raise UserError(f"--expected {args.expected} is not one number.")
-    if bool(args.input) != bool(args.output):
-        raise UserError("--input FILE and --output FILE.jsonl go together: give both.")
-    if (args.compare or args.merge or args.gguf) and not args.adapter:
-        raise UserError("--compare, --merge and --gguf need an --adapter.")
-    if args.json and not args.eval:
-        raise UserError("--json takes the figures of --eval: give both.")
-    if args.json and args.json.exists() and Path(args.eval).exists() and args.json.samefile(args.eval):
-        raise UserError(f"--json {args.json} would write over the questions of --eval: give another file.")
-    if args.eval and Path(args.eval).suffix in FILE_TYPES and not Path(args.eval).is_file():
-        raise UserError(f"there is no file {args.eval}.")
-    if args.model and (Path(args.model) / "adapter_config.json").is_file():
-        raise UserError(f"--model {args.model} is an adapter: give it as --adapter {args.model}.")
-    if args.compare and args.input:
-        raise UserError("--compare works with a question or --eval: run --input twice, with and without --adapter.")
-    for path in (args.json, args.output):
-        if path and not path.parent.is_dir():
-            raise UserError(f"there is no folder {path.parent} to write {path.name} into.")
-        if path and (
-            path.exists() and not path.is_file() or not os.access(path if path.exists() else path.parent, os.W_OK)
-        ):
-            raise UserError(f"cannot write to {path}: give a file in a folder that you may write to.")
-    if args.adapter and not (args.adapter / "adapter_config.json").is_file():
-        raise UserError(f"there is no adapter in {args.adapter}: give the folder that holds adapter_config.json.")
-    return args
-
-
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     # Files are read before the model is loaded, which takes a minute or more on a GPU.
     questions, labels = read_questions(args.input) if args.input else ([], [])
     questions, labels = questions[: args.limit], labels[: args.limit]

@@ -5,7 +5,8 @@
 Every combination of the grid runs two steps of train_grpo.py (the second has the optimiser's state from its beginning). Settings that only the model's loading
 depends on (lora_rank, vram_gib, gpu_memory_utilization, load_in_4bit) get a process for each of their combinations; the others
 are run one after the other with the same model in memory, longest completions first in vLLM's plan. Combinations that make no sense (micro-batches that do
-not divide the completions) are left out. A model with random weights never ends its answers: the worst case.
+not divide the completions) are left out. A model with random weights never ends its answers: the worst case. The held-out questions are
+not answered, which takes no more memory than a step.
 
 reserved: the most that PyTorch held, plus what the process holds outside of it (the CUDA context). allocated: the most
 that was in use at once, of what PyTorch held.
@@ -13,6 +14,7 @@ that was in use at once, of what PyTorch held.
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import subprocess
@@ -31,6 +33,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     import support.preflight
     import train_grpo
     from data import UserError
+    from infer import Completion
     from support.preflight import GIB, GPU, estimate_memory, is_out_of_memory
 
     def parse(point):
@@ -48,6 +51,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     model = train_grpo.attach_lora(base, longest)
     train_grpo.load_base_model = lambda *args: (base, tokenizer)
     train_grpo.attach_lora = lambda *args: model
+    train_grpo.generate = lambda model, tokenizer, prompts, *args, **kwargs: [Completion("", 1, False)] * len(prompts)
     train_grpo.Trainer = train_grpo.GRPOTrainer  # random weights earn nothing: every answer would be skipped
     support.preflight.check_memory = lambda *args: None  # what is estimated too large shall be tried
     config = AutoConfig.from_pretrained(longest.model)
@@ -55,6 +59,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
         total = torch.cuda.mem_get_info()[1] / GIB if GPU else 0.0
         card = min(recipe.vram_gib or total, total)
         parts = estimate_memory(config, recipe, card)
+        gc.collect()  # the last trainer, which refers to itself
         if GPU:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -63,8 +68,8 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
             with tempfile.TemporaryDirectory() as folder:
                 recipe.output_dir = folder
                 train_grpo.run(recipe)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, UserError) as error:  # after its first step a run makes a UserError of it
+            if not is_out_of_memory(error.__cause__ or error):
                 raise
             line["error"] = "out of memory"
         if GPU:
