@@ -7,7 +7,8 @@
 Every --interval seconds of training, the policy of the moment answers --eval_samples held-out questions, greedily, in at most
 --eval_length tokens. The time that this takes is not counted, nor is that of the run's own evaluations; everything else is, from
 the start of the process. Writes OUT/RECIPE-SEED/curve.jsonl, a line a measurement, beside what the run itself writes, and OUT/learning.png.
-Prints how long each recipe took to reach the accuracy at which the last recipe ended.
+Prints how long each recipe took to reach the accuracy at which the last recipe ended, since the start of the process and
+since the start of training.
 """
 
 import argparse
@@ -116,14 +117,14 @@ def report(out: Path, recipes: list[str]) -> None:
     runs = {name: sorted(out.glob(f"{name}-*/curve.jsonl")) for name in recipes}
     curves = {name: [read(path) for path in paths] for name, paths in runs.items()}
     target = statistics.mean(curve[-1]["strict"] for curve in curves[recipes[-1]])
-    print(f"\n{'recipe':10}{'seed':>6}{'strict':>16}{'lenient':>16}{'steps':>7}{'seconds':>9}{f'to {target:.1%}':>12}")
+    print(f"\n{'recipe':10}{'seed':>6}{'strict':>16}{'lenient':>16}{'steps':>7}{'seconds':>9}{f'to {target:.1%}':>22}")
     for name in recipes:
         for path, curve in zip(runs[name], curves[name], strict=True):
             first, last, reached = curve[0], curve[-1], seconds_to(curve, target)
+            times = f"{reached:.0f} s, {reached - first['seconds']:.0f} training" if reached else "never"
             print(
                 f"{name:10}{path.parent.name.split('-')[-1]:>6}{first['strict']:8.1%} →{last['strict']:6.1%}"
-                f"{first['lenient']:8.1%} →{last['lenient']:6.1%}{last['step']:7}{last['seconds']:9.0f}"
-                f"{f'{reached:.0f} s' if reached else 'never':>12}"
+                f"{first['lenient']:8.1%} →{last['lenient']:6.1%}{last['step']:7}{last['seconds']:9.0f}{times:>22}"
             )
     figure = Figure(figsize=(8, 7), layout="constrained")
     accuracy, reward = figure.subplots(2, sharex=True)
