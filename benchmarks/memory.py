@@ -101,19 +101,15 @@ def main() -> None:
         return [point.get(name, "") for name in LOADING]
 
     quick = ["--max_steps", "2", "--eval_samples", "1", "--save_steps", "1000000", "--sample_steps", "1000000"]
-    lines = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (_, group) in enumerate(itertools.groupby(sorted(points, key=loading), key=loading)):
-            path = Path(folder, f"{number}.jsonl")
+        path = args.json or Path(folder, "lines.jsonl")
+        before = len(path.read_text().splitlines()) if path.exists() else 0
+        for _, group in itertools.groupby(sorted(points, key=loading), key=loading):
             command = [sys.executable, "-m", "benchmarks.memory", "--grid", "-", *settings, *quick]
             result = subprocess.run([*command, "--points", json.dumps(list(group)), "--json", str(path)])
-            if path.exists():
-                lines += [json.loads(line) for line in path.read_text().splitlines()]
             if result.returncode:
                 print(f"a process ended with status {result.returncode}; what it had measured is below", flush=True)
-    if args.json:
-        with args.json.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        lines = [json.loads(line) for line in path.read_text().splitlines()[before:]] if path.exists() else []
     heads = [*grid, "estimate", "reserved", "allocated", "estimate/reserved"]
     print("".join(f"{head:>{max(len(head), 9) + 2}}" for head in heads))
     for line in lines:
