@@ -51,3 +51,14 @@ def test_training_divides_a_step_into_its_parts(tmp_path):
     assert (
         0 < measured["warm marks"]["imported"] < measured["warm marks"]["loaded"] < measured["warm marks"]["first step"]
     )
+
+
+def test_memory_tries_the_combinations_that_make_sense(tmp_path):
+    settings = "--model tiny --dataset tiny/questions --use_vllm false --load_in_4bit false --optim adamw_torch"
+    settings += " --max_completion_length 16 --prompts_per_step 2"
+    figures = tmp_path / "figures.jsonl"
+    grid = ["--grid", "num_generations=4", "micro_batch_size=3,8"]  # 3 does not divide 8
+    assert "estimate/reserved" in run("benchmarks.memory", *settings.split(), *grid, "--json", str(figures))
+    (measured,) = map(json.loads, figures.read_text().splitlines())
+    assert measured["micro_batch_size"] == "8" and "error" not in measured
+    assert measured["estimate"] == pytest.approx(sum(measured["parts"].values()))
