@@ -20,22 +20,18 @@ import os
 import re
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 import torch  # and neither transformers nor peft up here: unsloth, which train_grpo.py imports on a GPU, must come first
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from data import UserError, load_questions, run_script, to_prompt, train_and_test_splits
 from rewards import REWARD_FUNCS, is_correct, is_strict_format, label_number, last_number
-from support.adapters import add_adapter, check_adapter, export
-from support.asking import Screen, parse_arguments, read_questions, resume_output
-from support.figures import is_majority_right, majority, mcnemar, pass_at_k, vote, wilson
+from support.adapters import add_adapter, check_adapter, export, recipe_of
+from support.asking import Screen, parse_arguments, read_questions, resume_output, show, to_record
+from support.figures import is_majority_right, mcnemar, pass_at_k, wilson
 
 # --- generation --------------------------------------------------------------------------------------
 
@@ -201,30 +197,6 @@ def evaluation_table(evaluations: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-# --- what is written about an answer -----------------------------------------------------------------
-
-
-def rewards_of(text: str, label) -> dict[str, float | None]:
-    """The five rewards of one completion, by function name; correctness is None where no answer is known."""
-    needs_label = {"correctness_reward_func"}
-    return {
-        f.__name__: None if label is None and f.__name__ in needs_label else f(completions=[text], answer=[label])[0]
-        for f in REWARD_FUNCS
-    }
-
-
-def to_record(index: int, question: str, label, completions: list[Completion], with_rewards: bool) -> dict:
-    """What one question's answers are written as, in --output."""
-    texts = [c.text for c in completions]
-    record = {"index": index, "question": question, "answer": majority(texts)}
-    if label is not None:
-        record |= {"expected": label, "correct": is_majority_right(texts, label)}
-    record["completions"] = texts
-    if with_rewards:
-        record["rewards"] = [rewards_of(text, label) for text in texts]
-    return record
-
-
 # --- the command -------------------------------------------------------------------------------------
 
 
@@ -236,24 +208,9 @@ def main() -> None:
     # On a GPU this imports unsloth, which wants to be first: so not at the top, where train_grpo.py imports this file.
     from train_grpo import GPU, load_base_model, load_recipe
 
-    recipe = load_recipe()
-    if args.adapter:
-        try:
-            adapter_config = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-            rank, base = adapter_config["r"], adapter_config["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{args.adapter / 'adapter_config.json'} is not what PEFT writes: save the adapter anew."
-            ) from error
-        beside = args.adapter.parent / "recipe.yaml"
-        if beside.is_file():
-            recipe = load_recipe(beside)
-        else:
-            recipe.model = base
-            recipe.load_in_4bit = recipe.use_vllm = GPU
-        recipe.lora_rank = rank
-        if args.model and args.model != base:
-            print(f"note: the adapter was trained on {base}, and is used on {args.model}", file=sys.stderr)
+    recipe, base = recipe_of(args.adapter) if args.adapter else (load_recipe(), None)
+    if base and args.model and args.model != base:
+        print(f"note: the adapter was trained on {base}, and is used on {args.model}", file=sys.stderr)
     recipe.model = args.model or recipe.model
     if args.model and not GPU:  # the recipe's are for a GPU
         recipe.load_in_4bit = recipe.use_vllm = False
@@ -326,32 +283,7 @@ def main() -> None:
                 screen = Screen()
                 answers[name] = answer([prompt], adapter, on_text=screen.write)
                 screen.write("", end=True)
-        if args.compare:
-            table = Table(*answers, show_lines=True)
-            for row in zip(*answers.values(), strict=True):
-                table.add_row(*(completion.text for completion in row))
-            Console(markup=False, highlight=False, emoji=False).print(table)
-        elif args.samples > 1:
-            for number, completion in enumerate(answers[name], start=1):
-                print(f"[{number}]")
-                Screen().write(completion.text, end=True)
-        for name, completions in answers.items():
-            texts = [completion.text for completion in completions]
-            if args.rewards:
-                for number, text in enumerate(texts, start=1):
-                    rewards = rewards_of(text, args.expected).items()
-                    parts = ", ".join(
-                        f"{key.removesuffix('_reward_func')} {'unknown' if value is None else value}"
-                        for key, value in rewards
-                    )
-                    print(f"{name} {number}: {parts}")
-            if args.samples > 1:
-                votes = Counter(vote(majority([text]) or "no answer") for text in texts)
-                tally = [
-                    (f"{vote:f}" if isinstance(vote, Decimal) else vote, count) for vote, count in votes.most_common()
-                ]
-                print(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts)}")
-        print(flush=True)
+        show(answers, args)
 
     if args.eval:
         return measure(args, recipe, tokenizer, policies, answer)

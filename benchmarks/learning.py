@@ -39,6 +39,10 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
     class Curve(TrainerCallback):
         def __init__(self, trainer):
             self.trainer, self.last = trainer, None
+            _, split = train_and_test_splits(recipe.dataset)
+            tokenizer = trainer.processing_class
+            test = load_questions(recipe.dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+            self.test = test.select(range(min(recipe.eval_samples, len(test))))
 
         def measure(self, step: int) -> None:
             nonlocal measuring
@@ -47,20 +51,12 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
             if step:
                 adapter = out / f"measured-{step}"  # a folder each: vLLM would keep the first one's weights
                 self.trainer.model.save_pretrained(adapter)
-            test = load_questions(
-                recipe.dataset,
-                train_and_test_splits(recipe.dataset)[1],
-                self.trainer.processing_class,
-                recipe.max_prompt_length,
-                recipe.system_prompt,
-            )
-            test = test.select(range(min(recipe.eval_samples, len(test))))
             model, tokenizer = self.trainer.model, self.trainer.processing_class
-            completions = generate(model, tokenizer, test["prompt"][:], eval_length, adapter=adapter)
+            completions = generate(model, tokenizer, self.test["prompt"][:], eval_length, adapter=adapter)
             point = {
                 "step": step,
                 "seconds": start - started - measuring,
-                **evaluate(completions, test["answer"][:]),
+                **evaluate(completions, self.test["answer"][:]),
             }
             with (out / "curve.jsonl").open("a") as file:
                 file.write(json.dumps(point) + "\n")

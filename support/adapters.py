@@ -1,5 +1,6 @@
-"""Adapters: whether one fits its base model, putting it in, merging it."""
+"""Adapters: what one was trained with, whether it fits its base model, putting it in, merging it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,29 @@ import torch
 from safetensors import safe_open
 
 from data import UserError
+
+
+def recipe_of(adapter: Path) -> tuple:
+    """The recipe that the LoRA in `adapter` was trained with, from the recipe.yaml beside it, and the name of its base model.
+
+    Without a recipe.yaml, the default one with that base model. Raises UserError for a folder that PEFT did not write.
+    """
+    from train_grpo import GPU, load_recipe
+
+    try:
+        adapter_config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, base = adapter_config["r"], adapter_config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} is not what PEFT writes: save the adapter anew.") from error
+    beside = adapter.parent / "recipe.yaml"
+    if beside.is_file():
+        recipe = load_recipe(beside)
+    else:
+        recipe = load_recipe()
+        recipe.model = base
+        recipe.load_in_4bit = recipe.use_vllm = GPU
+    recipe.lora_rank = rank
+    return recipe, base
 
 
 def check_adapter(adapter: Path, model: str) -> None:

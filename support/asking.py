@@ -1,14 +1,20 @@
-"""What infer.py does around the answers: its command line, showing them as they arrive, reading questions, continuing a file."""
+"""What infer.py does around the answers: its command line, reading questions, showing and writing answers, continuing a file."""
 
 import argparse
 import contextlib
 import json
 import os
 import re
+from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from data import ANSWER_COLUMNS, FILE_TYPES, QUESTION_COLUMNS, UserError, fail, find_column, load_rows
-from rewards import label_number
+from rewards import REWARD_FUNCS, label_number
+from support.figures import is_majority_right, majority, vote
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -163,3 +169,52 @@ def resume_output(output: Path, questions: list[str], settings: dict) -> int:
         with output.open("r+b") as file:
             file.truncate(len(whole))
     return len(records)
+
+
+def rewards_of(text: str, label) -> dict[str, float | None]:
+    """The five rewards of one completion, by function name; correctness is None where no answer is known."""
+    needs_label = {"correctness_reward_func"}
+    return {
+        f.__name__: None if label is None and f.__name__ in needs_label else f(completions=[text], answer=[label])[0]
+        for f in REWARD_FUNCS
+    }
+
+
+def to_record(index: int, question: str, label, completions: list, with_rewards: bool) -> dict:
+    """What one question's answers are written as, in --output."""
+    texts = [c.text for c in completions]
+    record = {"index": index, "question": question, "answer": majority(texts)}
+    if label is not None:
+        record |= {"expected": label, "correct": is_majority_right(texts, label)}
+    record["completions"] = texts
+    if with_rewards:
+        record["rewards"] = [rewards_of(text, label) for text in texts]
+    return record
+
+
+def show(answers: dict[str, list], args: argparse.Namespace) -> None:
+    """Prints the completions of each policy to one question, but for a single one, which has been shown as it arrived."""
+    if args.compare:
+        table = Table(*answers, show_lines=True)
+        for row in zip(*answers.values(), strict=True):
+            table.add_row(*(completion.text for completion in row))
+        Console(markup=False, highlight=False, emoji=False).print(table)
+    elif args.samples > 1:
+        for number, completion in enumerate(*answers.values(), start=1):
+            print(f"[{number}]")
+            Screen().write(completion.text, end=True)
+    for name, completions in answers.items():
+        texts = [completion.text for completion in completions]
+        if args.rewards:
+            for number, text in enumerate(texts, start=1):
+                rewards = rewards_of(text, args.expected).items()
+                parts = ", ".join(
+                    f"{key.removesuffix('_reward_func')} {'unknown' if value is None else value}"
+                    for key, value in rewards
+                )
+                print(f"{name} {number}: {parts}")
+        if args.samples > 1:
+            votes = Counter(vote(majority([text]) or "no answer") for text in texts)
+            tally = [(f"{vote:f}" if isinstance(vote, Decimal) else vote, count) for vote, count in votes.most_common()]
+            print(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts)}")
+    print(flush=True)
