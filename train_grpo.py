@@ -45,6 +45,8 @@ if GPU:
     # unsloth unrolls its loss into 4 chunks an answer and has torch.compile trace all of them: minutes before the first
     # step, more for larger micro-batches, to save milliseconds afterwards.
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
+    # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
+    os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
     if torch.cuda.get_device_capability() < (8, 0):  # T4: no FlashAttention 2; XFORMERS fails at the first token
         os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
     from unsloth import FastLanguageModel  # before trl, transformers and peft, which it patches
@@ -164,7 +166,10 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
             raise model_error(recipe.model, error) from error
     if recipe.use_vllm:
         import vllm.envs
+        import vllm.model_executor.models.registry as registry
 
+        # vLLM looks at the model's class in a process of its own, which imports torch and vllm once more: half a minute
+        registry._run_in_subprocess = lambda look: look()
         # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
         # first start, for top-p and top-k sampling that training does not use.
         vllm.envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"] = lambda: False
@@ -178,8 +183,13 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         "gpu_memory_utilization": share,
         "max_lora_rank": recipe.lora_rank,
         "max_num_seqs": math.ceil(max_num_seqs / 8) * 8,  # unsloth would take 16 on a T4; graphs come in multiples of 8
-        # CUDA graphs for decoding, and no torch.compile: that takes minutes, more on Colab's two cores
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        # CUDA graphs for decoding, and no torch.compile: that takes minutes, more on Colab's two cores. One set of
+        # graphs, with the LoRA: the base model answers only before the first step, by the same graphs.
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_specialize_lora": False,
+        },
     }
     try:
         return FastLanguageModel.from_pretrained(
