@@ -30,7 +30,6 @@ def client(monkeypatch, tmp_path):
             "GRPO_EXTRA": extra,
             "GRPO_PYTHON": sys.executable,
             "IPYTHONDIR": str(tmp_path / "ipython"),
-            "OMP_NUM_THREADS": "1",  # two threads each wait for the other where another test uses the cores
         }.items():
             monkeypatch.setenv(name, value)
         notebook = copy.deepcopy(NOTEBOOK)
