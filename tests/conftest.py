@@ -1,6 +1,8 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time: with two threads each they would wait for one another
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two tests run at a time: with two threads each they would wait for one another
 
 
 def pytest_collection_modifyitems(items):
