@@ -1,8 +1,7 @@
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two tests run at a time: with two threads each they would wait for one another
+# Two tests run at a time: with two threads each they would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
