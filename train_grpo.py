@@ -173,6 +173,9 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
         # first start, for top-p and top-k sampling that training does not use.
         vllm.envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"] = lambda: False
+    sequences = math.ceil(max_num_seqs / 8) * 8  # as CUDA graphs come
+    if sequences == 256:  # unsloth's own default, for which it picks fewer by free memory
+        sequences = 264
     share = recipe.gpu_memory_utilization
     if recipe.vram_gib:
         total = torch.cuda.mem_get_info()[1] / GIB
@@ -182,9 +185,9 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         "fast_inference": True,
         "gpu_memory_utilization": share,
         "max_lora_rank": recipe.lora_rank,
-        "max_num_seqs": math.ceil(max_num_seqs / 8) * 8,  # unsloth would take 16 on a T4; graphs come in multiples of 8
+        "max_num_seqs": sequences,
         # CUDA graphs for decoding, and no torch.compile: that takes minutes, more on Colab's two cores. One set of
-        # graphs, with the LoRA: the base model answers only before the first step, by the same graphs.
+        # graphs, with the LoRA, for the base model too.
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
