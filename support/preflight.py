@@ -77,8 +77,9 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
     else:
         kept = layers * (6 * hidden + 2 * kv + 3 * mlp)
     activations = recipe.micro_batch_size * sequence * 2 * kept
-    # As if they were kept for the backward pass: too much, since train_grpo.py has them computed again.
-    logits = recipe.micro_batch_size * recipe.max_completion_length * config.vocab_size * 4 * 3
+    # unsloth computes them again in the backward pass, a quarter of an answer at a time: float32, with their logarithms,
+    # probabilities, gradients and what those are made of.
+    logits = sequence / 4 * config.vocab_size * 24
     parts = {
         "weights": weights,
         "KV cache": kv_cache,

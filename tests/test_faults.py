@@ -111,16 +111,17 @@ def test_unsloth_missing_beside_a_gpu(t4):
 
 
 @pytest.mark.parametrize(
-    "free, card, words",
+    "micro_batch_size, free, card, words",
     [
-        (9.9, 9.9, r"about \d+\.\d GiB of GPU memory are needed, and there are 9.9: try --micro_batch_size 3"),
-        (9.0, 14.7, r"9.0 of 14.7 are free: end what holds the rest .* or try --micro_batch_size 3"),
-        (5.0, 5.0, "no room for a KV cache .* raise --gpu_memory_utilization"),
+        (24, 14.7, 14.7, r"about \d+\.\d GiB of GPU memory are needed, and there are 14.7: try --micro_batch_size 12"),
+        (6, 9.0, 14.7, r"9.0 of 14.7 are free: end what holds the rest .* or try --micro_batch_size 3"),
+        (6, 5.0, 5.0, "no room for a KV cache .* raise --gpu_memory_utilization"),
     ],
 )
-def test_too_little_gpu_memory(free, card, words):
+def test_too_little_gpu_memory(micro_batch_size, free, card, words):
+    recipe = Recipe(micro_batch_size=micro_batch_size)
     with pytest.raises(UserError, match=words) as error:
-        check_memory(estimate_memory(QWEN_7B, Recipe(), card), Recipe(), free, card)
+        check_memory(estimate_memory(QWEN_7B, recipe, card), recipe, free, card)
     one_line(error)
 
 
