@@ -47,9 +47,11 @@ if GPU:
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
     os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
+    # before trl, transformers and peft, which it patches, and before CUDA starts, whose allocator it sets up
+    from unsloth import FastLanguageModel
+
     if torch.cuda.get_device_capability() < (8, 0):  # T4: no FlashAttention 2; XFORMERS fails at the first token
         os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
-    from unsloth import FastLanguageModel  # before trl, transformers and peft, which it patches
 
 from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
@@ -241,6 +243,8 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "use_vllm": recipe.use_vllm,
         "vllm_mode": "colocate",
         "vllm_importance_sampling_correction": False,  # one more forward pass, and vLLM computes with the same weights
+        # vLLM would put every token into words twice, and TRL does it once more
+        "generation_kwargs": {"detokenize": False} if recipe.use_vllm else None,
         "loss_type": recipe.loss_type,
         "scale_rewards": recipe.scale_rewards,
         "importance_sampling_level": "token",
