@@ -231,7 +231,7 @@ def test_trl_knows_every_argument():
 
 
 @pytest.mark.parametrize("loss_type, beta", [("dapo", 0.0), ("grpo", 0.0), ("dr_grpo", 0.0), ("dapo", 0.04)])
-def test_skipping_answers_without_advantage_leaves_the_gradient_as_it_is(loss_type, beta, tmp_path):
+def test_less_padding_and_skipped_answers_leave_the_gradient_as_it_is(loss_type, beta, tmp_path):
     changes = {"prompts_per_step": 8, "num_generations": 4, "micro_batch_size": 4, "max_steps": 1}
     changes |= {"temperature": 0.3, "loss_type": loss_type, "beta": beta, "output_dir": str(tmp_path)}
     recipe = dataclasses.replace(load_recipe("recipes/tiny.yaml"), **changes)
@@ -243,7 +243,7 @@ def test_skipping_answers_without_advantage_leaves_the_gradient_as_it_is(loss_ty
 
         class Counting(trainer_class):
             def _compute_loss(self, model, inputs):
-                trained.append(inputs["advantages"].tolist())
+                trained.append({k: inputs[k] for k in ("advantages", "prompt_mask", "completion_mask")})
                 return super()._compute_loss(model, inputs)
 
         class Keep(TrainerCallback):
@@ -266,12 +266,19 @@ def test_skipping_answers_without_advantage_leaves_the_gradient_as_it_is(loss_ty
     found, some = gradient(Trainer)
     assert expected.abs().max() > 0
     assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
-    zero = sum(not advantage for batch in everything for advantage in batch)
+    zero = sum(int((batch["advantages"] == 0).sum()) for batch in everything)
     assert zero >= 4  # there is something to skip, with this seed
     assert len(everything) == 8
     assert len(some) == (8 - zero // 4 if beta == 0 else 8)
 
-    def nonzero(batches):
-        return sorted(advantage for batch in batches for advantage in batch if advantage)
+    def nonzero(batches):  # advantage, tokens of the prompt and of the answer
+        columns = [
+            torch.stack([b["advantages"], b["prompt_mask"].sum(1), b["completion_mask"].sum(1)], dim=1) for b in batches
+        ]
+        return sorted(row for row in torch.cat(columns).tolist() if row[0])
+
+    def padding(batches):
+        return sum(int((batch[mask] == 0).sum()) for batch in batches for mask in ("prompt_mask", "completion_mask"))
 
     assert nonzero(some) == nonzero(everything)
+    assert padding(some) < padding(everything) / 2 if beta == 0 else padding(some) == padding(everything)
