@@ -6,7 +6,8 @@
 --SETTING VALUE goes to every recipe; a recipe may bring settings of its own, which win: "recipes/small.yaml --micro_batch_size 32".
 Every --interval seconds of training, the policy of the moment answers --eval_samples held-out questions, greedily, in at most
 --eval_length tokens. The time that this takes is not counted, nor is that of the run's own evaluations; everything else is, from
-the start of the process. Writes OUT/RECIPE-SEED/curve.jsonl, a line a measurement, beside what the run itself writes, and OUT/learning.png.
+the start of the process. vLLM is set up for at least 128 answers at once, whatever the recipe, to measure quickly. Writes
+OUT/RECIPE-SEED/curve.jsonl, a line a measurement, beside what the run itself writes, and OUT/learning.png.
 Prints how long each recipe took to reach the accuracy at which the last recipe ended, since the start of the process and
 since the start of training.
 """
@@ -85,7 +86,12 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
         measuring += time.time() - start
         return completions
 
-    train_grpo.Trainer, train_grpo.generate = Measured, uncounted
+    load_base_model = train_grpo.load_base_model
+
+    def load(recipe, max_num_seqs):  # article.yaml's six answers at once would take minutes to measure
+        return load_base_model(recipe, max(max_num_seqs, 128))
+
+    train_grpo.Trainer, train_grpo.generate, train_grpo.load_base_model = Measured, uncounted, load
     train_grpo.run(recipe)
 
 
