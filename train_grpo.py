@@ -56,8 +56,7 @@ if GPU:
 from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProgressCallback
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import split_tensor_dict
+from trl import GRPOConfig
 
 from data import HUB_ID, SYSTEM_PROMPT, UserError, load_questions, run_script, train_and_test_splits
 from infer import evaluate, evaluation_table, generate
@@ -75,6 +74,7 @@ from support.checkpoints import (
 )
 from support.report import Report, installed_versions, recording
 from support.settings import parse_settings, setting
+from support.trainer import Trainer
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -299,45 +299,6 @@ def training_questions(questions, recipe: Recipe):
     return concatenate_datasets(epochs).select(range(rows))
 
 
-class Trainer(GRPOTrainer):
-    """TRL's trainer, but it spends no time on answers that teach nothing, and little on padding.
-
-    Where all answers of a group earn the same, their advantages are 0, and so are their gradients, as long as there is
-    no KL term. That is most groups while the policy can do little, and again once it can do most. Such answers are moved
-    into micro-batches of their own, and those are skipped. The others are put in the order of their lengths, and each
-    micro-batch is cut to its longest prompt and answer. The sum of the gradients stays what it was (but with bnpo,
-    which takes the mean over the tokens of whatever a micro-batch holds).
-    """
-
-    def _prepare_inputs(self, generation_batch):
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        batches = self._buffered_inputs
-        if batches is before or self.beta:
-            return inputs  # a later micro-batch of the same step, or all answers count
-        lengths = torch.cat([batch["completion_mask"].sum(dim=1) for batch in batches])
-        idle = torch.cat([batch["advantages"] for batch in batches]) == 0
-        order = (
-            torch.where(idle, lengths, -lengths - 1).argsort(stable=True).cpu()
-        )  # the longest first, the idle ones last
-        step = {
-            name: value if value is None or value.ndim == 0 else torch.cat([batch[name] for batch in batches])[order]
-            for name, value in inputs.items()
-        }
-        self._buffered_inputs = split_tensor_dict(step, len(batches))
-        for batch in self._buffered_inputs:
-            prompt, completion = (batch[f"{part}_mask"].sum(dim=1).max() for part in ("prompt", "completion"))
-            for kind in ("ids", "mask"):
-                batch[f"prompt_{kind}"] = batch[f"prompt_{kind}"][:, -prompt:]  # padded on the left
-                batch[f"completion_{kind}"] = batch[f"completion_{kind}"][:, :completion]  # on the right
-        return self._buffered_inputs[0]
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.beta == 0 and not inputs["advantages"].any():
-            return 0 * sum(weights.sum() for weights in model.parameters() if weights.requires_grad)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
 def run(recipe: Recipe) -> None:
     start = time.perf_counter()
     out = Path(recipe.output_dir)
@@ -384,7 +345,7 @@ def run(recipe: Recipe) -> None:
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
     model = attach_lora(model, recipe)
 
-    # Rewards and trainer.
+    # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
     batch = {}
     trainer = Trainer(
         model=model,

@@ -35,6 +35,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     from data import UserError
     from infer import Completion
     from support.preflight import GIB, GPU, estimate_memory, is_out_of_memory
+    from support.trainer import GRPOTrainer
 
     def parse(point):
         return train_grpo.parse_recipe(
@@ -52,7 +53,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     train_grpo.load_base_model = lambda *args: (base, tokenizer)
     train_grpo.attach_lora = lambda *args: model
     train_grpo.generate = lambda model, tokenizer, prompts, *args, **kwargs: [Completion("", 1, False)] * len(prompts)
-    train_grpo.Trainer = train_grpo.GRPOTrainer  # random weights earn nothing: every answer would be skipped
+    train_grpo.Trainer = GRPOTrainer  # random weights earn nothing: every answer would be skipped
     support.preflight.check_memory = lambda *args: None  # what is estimated too large shall be tried
     config = AutoConfig.from_pretrained(longest.model)
     for point, recipe in recipes:

@@ -59,6 +59,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     import train_grpo
+    from support.trainer import GRPOTrainer
 
     recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings, *own])
     if variant == "trl":
@@ -114,7 +115,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
             marks.setdefault("first step", time.time() - started)
             steps.append({"step": time.perf_counter() - self.start, **parts})
 
-    class Timed(train_grpo.GRPOTrainer if plain or all_answers else train_grpo.Trainer):
+    class Timed(GRPOTrainer if plain or all_answers else train_grpo.Trainer):
         def __init__(self, model, **kwargs):
             if plain:
                 rank = recipe.lora_rank

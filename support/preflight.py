@@ -77,9 +77,9 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
     else:
         kept = layers * (6 * hidden + 2 * kv + 3 * mlp)
     activations = recipe.micro_batch_size * sequence * 2 * kept
-    # unsloth computes them again in the backward pass, a quarter of an answer at a time: float32, with their logarithms,
-    # probabilities, gradients and what those are made of.
-    logits = sequence / 4 * config.vocab_size * 24
+    # unsloth computes them again in the backward pass, a quarter of an answer at a time; six float32 arrays of their size
+    # are there at once, among them the logits, their logarithms, the probabilities and the gradients.
+    logits = sequence / 4 * config.vocab_size * 4 * 6
     parts = {
         "weights": weights,
         "KV cache": kv_cache,

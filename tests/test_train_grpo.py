@@ -19,9 +19,9 @@ from data import UserError, load_questions
 from rewards import REWARD_FUNCS, correctness_reward_func
 from support.preflight import estimate_memory, memory_advice
 from support.report import recording
+from support.trainer import Trainer
 from train_grpo import (
     Recipe,
-    Trainer,
     attach_lora,
     load_recipe,
     parse_recipe,
