@@ -225,6 +225,8 @@ def test_divergence(lines, found):
 
 
 def in_process(monkeypatch, *arguments):
+    # a second for each checkpoint; test_runs.py sees that it is drawn
+    monkeypatch.setattr("support.report.draw_reward_curve", lambda out: None)
     monkeypatch.setattr(sys, "argv", [*TINY, *SHORT, *map(str, arguments)])
     train_grpo.main()
 

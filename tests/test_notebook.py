@@ -17,6 +17,7 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = nbformat.read(ROOT / "grpo_colab.ipynb", as_version=4)
 SHORT = "--max_steps 4 --prompts_per_step 2 --num_generations 4 --micro_batch_size 4 --eval_samples 20 --sample_steps 2"
+SHORT += " --max_completion_length 24"
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ def half(reference, tmp_path):
 
 
 def resume(monkeypatch, out, *arguments):
+    # a second for each checkpoint; test_runs.py sees that it is drawn
+    monkeypatch.setattr("support.report.draw_reward_curve", lambda out: None)
     monkeypatch.setattr(sys, "argv", [*COMMAND, "--output_dir", str(out), *map(str, arguments)])
     train_grpo.main()
 
