@@ -26,7 +26,8 @@ def test_seconds_to_an_accuracy_lie_on_the_line_between_two_measurements():
 def test_learning_measures_the_policy_as_it_trains(tmp_path):
     recipe = "recipes/tiny.yaml --prompts_per_step 2 --micro_batch_size 16"
     settings = ["--max_steps", "3", "--eval_samples", "10", "--micro_batch_size", "999"]  # the recipe's own 16 wins
-    printed = run("benchmarks.learning", str(tmp_path), recipe, "--seeds", "7", "--interval", "0", *settings)
+    settings += ["--max_completion_length", "24", "--eval_length", "24", "--interval", "0"]
+    printed = run("benchmarks.learning", str(tmp_path), recipe, "--seeds", "7", *settings)
     curve = [json.loads(line) for line in (tmp_path / "tiny-7/curve.jsonl").read_text().splitlines()]
     assert [point["step"] for point in curve] == [0, 1, 2, 3]
     assert all(point["n"] == 10 for point in curve)

@@ -26,7 +26,8 @@ CLOCK = {"seconds", "gib"}  # the only figures of a step that may differ
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "out"
-    subprocess.run([sys.executable, *COMMAND, "--output_dir", out], check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        resume(monkeypatch, out)
     return out
 
 
