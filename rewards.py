@@ -31,7 +31,7 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _FOLD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}
 _TO_FOLD = re.compile("[！-～−]")
 
-# The stretches in which _NUMBER can match: skipping to them makes long texts ten times faster.
+# The stretches in which _NUMBER can match: skipping to them makes long texts without a number three times faster.
 _NUMERIC = re.compile(r"[.,0-9]+")
 # 1,080 or 1080 or .5, with decimals. [0-9], because \d also matches Arabic digits.
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")

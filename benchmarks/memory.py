@@ -35,7 +35,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     from data import UserError
     from infer import Completion
     from support.preflight import GIB, GPU, estimate_memory, is_out_of_memory
-    from support.trainer import GRPOTrainer
+    from support.trainer import GRPOTrainer  # TRL's
 
     def parse(point):
         return train_grpo.parse_recipe(

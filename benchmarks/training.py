@@ -59,7 +59,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     import train_grpo
-    from support.trainer import GRPOTrainer
+    from support.trainer import GRPOTrainer  # TRL's
 
     recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings, *own])
     if variant == "trl":

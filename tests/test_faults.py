@@ -1,23 +1,20 @@
-"""What stops a run before it starts, or on the way: each fault is provoked, for real where a CPU can."""
+"""What stops a run on the way: each fault is provoked, for real where a CPU can."""
 
 import json
 import math
 import os
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from test_runs import SHORT, TINY, jsonl
-from test_train_grpo import QWEN_7B
+from test_runs import SHORT, TINY, in_process, jsonl, one_line
 
 import support.report
 import train_grpo
@@ -25,172 +22,8 @@ from data import UserError
 from infer import Completion
 from support import preflight
 from support.checkpoints import flaw
-from support.preflight import (
-    check_disk,
-    check_disk_for_model,
-    check_machine,
-    check_memory,
-    estimate_memory,
-    is_out_of_memory,
-    memory_advice,
-    model_error,
-)
 from support.report import Report, divergence
-from train_grpo import Recipe, load_recipe
-
-# --- before the start --------------------------------------------------------------------------------
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-@pytest.fixture
-def t4(monkeypatch):
-    """The preflight on a machine that says of itself what a T4 does."""
-    monkeypatch.setattr(preflight, "GPU", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    monkeypatch.setattr(preflight, "check_installed", lambda package: None)
-    return monkeypatch
-
-
-def test_a_t4_passes(t4):
-    check_machine(Recipe())
-    check_memory(estimate_memory(QWEN_7B, Recipe(), 14.7), Recipe(), free=14.7, card=14.7)
-    assert preflight.compute_dtype(Recipe()) == torch.float16
-
-
-def test_no_gpu(monkeypatch):
-    monkeypatch.setattr(preflight, "GPU", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(preflight, "nvidia_driver", lambda: None)
-    with pytest.raises(UserError, match="no CUDA GPU was found") as error:
-        check_machine(Recipe())
-    assert "recipes/tiny.yaml" in one_line(error)
-    check_machine(load_recipe("recipes/tiny.yaml"))
-
-
-def test_a_driver_that_is_too_old(monkeypatch):
-    monkeypatch.setattr(preflight, "GPU", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(preflight, "nvidia_driver", lambda: "470.82.01")
-    with pytest.raises(UserError, match=r"driver 470.82.01 does not run CUDA \S+, .*update the driver") as error:
-        check_machine(Recipe())
-    one_line(error)
-
-
-@pytest.mark.parametrize("capability", [(6, 0), (7, 0)])
-def test_a_card_that_is_too_old(t4, capability):
-    t4.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    with pytest.raises(UserError, match="has compute capability .* need 7.5"):
-        check_machine(Recipe())
-
-
-def test_bfloat16_on_a_t4(t4):
-    with pytest.raises(UserError, match="has no bfloat16: give --dtype float16"):
-        preflight.compute_dtype(Recipe(dtype="bfloat16"))
-
-
-@pytest.mark.parametrize("package, changes", [("vllm", {"load_in_4bit": False}), ("bitsandbytes", {"use_vllm": False})])
-def test_a_missing_package(t4, package, changes):
-    t4.undo()  # find_spec again, and neither is in requirements-cpu.txt
-    t4.setattr(preflight, "GPU", True)
-    t4.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    t4.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
-    with pytest.raises(UserError, match=f"{package} is not installed, .*pip install -c constraints.txt {package}"):
-        check_machine(Recipe(**changes))
-
-
-def test_unsloth_missing_beside_a_gpu(t4):
-    t4.setattr(preflight, "GPU", False)
-    with pytest.raises(UserError, match="unsloth is not installed.*requirements.txt"):
-        check_machine(Recipe())
-
-
-@pytest.mark.parametrize(
-    "micro_batch_size, free, card, words",
-    [
-        (24, 14.7, 14.7, r"about \d+\.\d GiB of GPU memory are needed, and there are 14.7: try --micro_batch_size 12"),
-        (6, 9.0, 14.7, r"9.0 of 14.7 are free: end what holds the rest .* or try --micro_batch_size 3"),
-        (6, 5.0, 5.0, "no room for a KV cache .* raise --gpu_memory_utilization"),
-    ],
-)
-def test_too_little_gpu_memory(micro_batch_size, free, card, words):
-    recipe = Recipe(micro_batch_size=micro_batch_size)
-    with pytest.raises(UserError, match=words) as error:
-        check_memory(estimate_memory(QWEN_7B, recipe, card), recipe, free, card)
-    one_line(error)
-
-
-def test_too_little_disk(monkeypatch, tmp_path):
-    recipe = Recipe(output_dir=str(tmp_path / "not" / "there" / "yet"))
-    check_disk(0.15, recipe)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(2**40, 2**40, 2**29))
-    with pytest.raises(UserError, match=f"1.1 GiB of disk are needed .* 0.5 are free in {tmp_path}.*--lora_rank 8"):
-        check_disk(0.15, recipe)
-    for step in (1, 2, 3):
-        (Path(recipe.output_dir) / f"checkpoint-{step}").mkdir(parents=True)
-    check_disk(0.15, recipe)  # a resumed run has most of them already
-    with pytest.raises(UserError, match="0.8 GiB of disk are needed .* --output_dir.$"):  # and cannot change its rank
-        check_disk(0.3, recipe)
-
-
-def test_too_little_disk_for_the_model(monkeypatch, tmp_path):
-    monkeypatch.setattr(preflight, "HF_HUB_CACHE", str(tmp_path / "not there"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(2**40, 2**40, 2**32))
-    with pytest.raises(UserError, match=f"5.4 GiB of disk are needed .* 4.0 are free in {tmp_path}: .*HF_HOME"):
-        check_disk_for_model(5.4, Recipe())
-    check_disk_for_model(3.9, Recipe())
-    check_disk_for_model(5.4, Recipe(model="tiny"))
-
-
-def test_a_resumed_run_is_not_told_to_change_its_rank():
-    assert "--lora_rank" in memory_advice(Recipe())
-    assert "--lora_rank" not in memory_advice(Recipe(resume="newest"))
-    assert "--lora_rank" not in memory_advice(Recipe(), resumed=True)
-
-
-def test_where_there_is_no_pip(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f": uv pip install --python {sys.executable} -c constraints.txt wandb"):
-        preflight.check_installed("wandb")
-
-
-def test_a_gated_model():
-    error = OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://…")
-    assert str(model_error("meta/x", error)) == (
-        "cannot load the model meta/x: You are trying to access a gated repo. Accept its licence on its page, then run "
-        "`hf auth login`."
-    )
-
-
-def test_out_of_memory_is_known_by_its_words():
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
-    assert is_out_of_memory(RuntimeError("No available memory for the cache blocks"))
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    assert not is_out_of_memory(OSError("out of memory"))
-
-
-@pytest.mark.parametrize(
-    "arguments, package",
-    [
-        (["--report_to", "wandb"], "wandb"),
-        (["--report_to", "trackio"], "trackio"),
-        (["--optim", "adamw_8bit"], "bitsandbytes"),
-    ],
-)
-def test_a_package_that_only_this_recipe_needs(monkeypatch, tmp_path, arguments, package):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
-    with pytest.raises(
-        UserError, match=f"{package} is not installed.*: pip install -c constraints.txt {package}"
-    ) as error:
-        in_process(monkeypatch, *arguments, "--output_dir", tmp_path / "out")
-    one_line(error)
-    assert not (tmp_path / "out").exists()
-
+from train_grpo import load_recipe
 
 # --- a policy that diverges --------------------------------------------------------------------------
 
@@ -222,13 +55,6 @@ def test_divergence(lines, found):
     assert (result is None) == (found is None)
     if found:
         assert found[0] in result[0] and result[1] == found[1]
-
-
-def in_process(monkeypatch, *arguments):
-    # a second for each checkpoint; test_runs.py sees that it is drawn
-    monkeypatch.setattr("support.report.draw_reward_curve", lambda out: None)
-    monkeypatch.setattr(sys, "argv", [*TINY, *SHORT, *map(str, arguments)])
-    train_grpo.main()
 
 
 def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_stays(monkeypatch, tmp_path):

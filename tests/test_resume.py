@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_runs import SHORT, TINY, jsonl
+from test_runs import SHORT, TINY, in_process, jsonl
 
 import train_grpo
 from data import UserError
@@ -19,7 +19,8 @@ from support.checkpoints import checkpoints, command, flaw, go_back_to, read_jso
 from train_grpo import load_recipe, training_questions
 
 STEPS, EVERY = 12, 3
-COMMAND = [*TINY, *SHORT, "--max_steps", str(STEPS), "--save_steps", str(EVERY)]
+LENGTH = ["--max_steps", str(STEPS), "--save_steps", str(EVERY)]
+COMMAND = [*TINY, *SHORT, *LENGTH]
 CLOCK = {"seconds", "gib"}  # the only figures of a step that may differ
 
 
@@ -42,10 +43,7 @@ def half(reference, tmp_path):
 
 
 def resume(monkeypatch, out, *arguments):
-    # a second for each checkpoint; test_runs.py sees that it is drawn
-    monkeypatch.setattr("support.report.draw_reward_curve", lambda out: None)
-    monkeypatch.setattr(sys, "argv", [*COMMAND, "--output_dir", str(out), *map(str, arguments)])
-    train_grpo.main()
+    in_process(monkeypatch, *LENGTH, "--output_dir", out, *arguments)
 
 
 def assert_same_run(out, reference):

@@ -1,11 +1,10 @@
-"""train_grpo.py: its settings, its arithmetic, and the messages for what a user can get wrong.
+"""train_grpo.py: its settings, its trainer, and the messages for what a user can get wrong.
 
 The runs themselves are in test_runs.py.
 """
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from data import UserError, load_questions
 from rewards import REWARD_FUNCS, correctness_reward_func
-from support.preflight import estimate_memory, memory_advice
 from support.report import recording
 from support.trainer import Trainer
 from train_grpo import (
@@ -26,18 +24,6 @@ from train_grpo import (
     training_arguments,
     training_questions,
 )
-
-# Qwen2.5-7B's config.json
-QWEN_7B = SimpleNamespace(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152064,
-    tie_word_embeddings=False,
-)
-
 
 # --- settings ------------------------------------------------------------------------------------
 
@@ -149,40 +135,6 @@ def test_help_explains_every_setting(capsys):
     text = capsys.readouterr().out
     for f in dataclasses.fields(Recipe):
         assert f"--{f.name}" in text and f.metadata["help"].split()[0] in text
-
-
-# --- arithmetic ----------------------------------------------------------------------------------
-
-
-def test_memory_of_the_7b_model():
-    parts = estimate_memory(QWEN_7B, Recipe(), card_gib=14.74)
-    lora_slots = 32 * 2.52e6 * 2 / 2**30  # rank 32, 16 bits
-    assert parts["weights"] + lora_slots == pytest.approx(5.36, abs=0.1)  # GiB, as vLLM loaded it with them
-    assert parts["weights"] + parts["KV cache"] + 0.7 == pytest.approx(0.6 * 14.74)
-    assert estimate_memory(QWEN_7B, Recipe(load_in_4bit=False), 80)["weights"] == pytest.approx(14.2, abs=0.1)
-
-
-def test_memory_of_the_kv_cache_without_vllm():
-    recipe = Recipe(
-        use_vllm=False, prompts_per_step=1, num_generations=2, max_prompt_length=256, max_completion_length=256
-    )
-    # 2 answers × 512 tokens × 56 KiB: keys and values of 28 layers, 4 heads of 128, 2 bytes
-    assert estimate_memory(QWEN_7B, recipe, 16)["KV cache"] * 2**30 == 2 * 512 * 56 * 1024
-
-
-def test_memory_grows_with_what_the_advice_lowers():
-    def total(**changes):
-        return sum(estimate_memory(QWEN_7B, dataclasses.replace(Recipe(), **changes), 14.74).values())
-
-    assert total(micro_batch_size=3) < total()
-    assert total(max_completion_length=192) < total()
-    assert total(lora_rank=8) < total()
-    assert total(gradient_checkpointing=False) > total() + 10
-    advice = memory_advice(Recipe())
-    assert all(flag in advice for flag in ("--micro_batch_size 3", "--max_completion_length 192", "--lora_rank 8"))
-    lowest = Recipe(micro_batch_size=1, max_completion_length=64, lora_rank=8)
-    assert memory_advice(lowest) == "take a smaller --model."
-    assert "--gradient_checkpointing true" in memory_advice(Recipe(gradient_checkpointing=False))
 
 
 # --- rewards on their way to TRL -----------------------------------------------------------------
