@@ -272,6 +272,8 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "save_total_limit": 3,
         "seed": recipe.seed,
     }
+    if "max_prompt_length" in GRPOConfig.__dataclass_fields__:  # TRL before 1.0 has it, at 512: more than vLLM may hold
+        arguments["max_prompt_length"] = recipe.max_prompt_length
     try:
         config = GRPOConfig(**arguments, report_to=recipe.report_to)
     except ValueError as error:  # a name that transformers does not know

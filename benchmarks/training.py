@@ -249,8 +249,8 @@ def main() -> None:
             else:
                 result["name"] = variant
                 results.append(result)
-    if args.json:
-        args.json.write_text(json.dumps(results))
+            if args.json:
+                args.json.write_text(json.dumps(results))
 
     heads = [
         "cold",

@@ -169,6 +169,12 @@ def test_a_setting_that_the_library_changes_is_refused(monkeypatch):
         training_arguments(load_recipe("recipes/tiny.yaml"))
 
 
+def test_trl_has_no_other_limit_for_prompts():
+    """TRL before 1.0 has one, 512 by default, and vLLM refuses it where prompt and answer together have fewer tokens."""
+    arguments = training_arguments(load_recipe("recipes/tiny.yaml"))
+    assert getattr(arguments, "max_prompt_length", 128) == 128
+
+
 def test_trl_knows_every_argument():
     """The run compares the values; that the names exist in TRL 1.15 too was checked when they were chosen."""
     source = Path("train_grpo.py").read_text(encoding="utf-8")
