@@ -159,7 +159,11 @@ def report(out: Path, recipes: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed is a setting, not short for --seeds
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("recipes", nargs="*", help="YAML files; the last one's final accuracy is the one to reach")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])

@@ -32,6 +32,7 @@ def test_learning_measures_the_policy_as_it_trains(tmp_path):
     assert [point["step"] for point in curve] == [0, 1, 2, 3]
     assert all(point["n"] == 10 for point in curve)
     assert json.loads((tmp_path / "tiny-7/eval.json").read_text())["after"]["n"] == 10
+    assert "seed: 7\n" in (tmp_path / "tiny-7/recipe.yaml").read_text()
     times = [point["seconds"] for point in curve]
     assert times == sorted(times)
     assert (tmp_path / "learning.png").stat().st_size > 10_000
