@@ -169,9 +169,12 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
     if recipe.use_vllm:
         import vllm.envs
         import vllm.model_executor.models.registry as registry
+        import vllm.v1.sample.sampler as sampler
 
         # vLLM looks at the model's class in a process of its own, which imports torch and vllm once more: half a minute
         registry._run_in_subprocess = lambda look: look()
+        # vLLM has torch.compile, which nothing else here needs, make this comparison: up to 20 s at the first step
+        sampler.batched_count_greater_than = lambda logprobs, values: (logprobs >= values).sum(-1)
         # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
         # first start, for top-p and top-k sampling that training does not use.
         vllm.envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"] = lambda: False
