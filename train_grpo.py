@@ -173,7 +173,7 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
 
         # vLLM looks at the model's class in a process of its own, which imports torch and vllm once more: half a minute
         registry._run_in_subprocess = lambda look: look()
-        # vLLM has torch.compile, which nothing else here needs, make this comparison: up to 20 s at the first step
+        # vLLM compiles this comparison, for which torch.compile has to start: seconds, as nothing else here needs it
         sampler.batched_count_greater_than = lambda logprobs, values: (logprobs >= values).sum(-1)
         # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
         # first start, for top-p and top-k sampling that training does not use.
@@ -275,7 +275,7 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "save_total_limit": 3,
         "seed": recipe.seed,
     }
-    if "max_prompt_length" in GRPOConfig.__dataclass_fields__:  # TRL before 1.0 has it, at 512: more than vLLM may hold
+    if "max_prompt_length" in GRPOConfig.__dataclass_fields__:  # TRL 0.24 has it, at 512: more than vLLM may hold
         arguments["max_prompt_length"] = recipe.max_prompt_length
     try:
         config = GRPOConfig(**arguments, report_to=recipe.report_to)

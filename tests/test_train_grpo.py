@@ -170,9 +170,10 @@ def test_a_setting_that_the_library_changes_is_refused(monkeypatch):
 
 
 def test_trl_has_no_other_limit_for_prompts():
-    """TRL before 1.0 has one, 512 by default, and vLLM refuses it where prompt and answer together have fewer tokens."""
-    arguments = training_arguments(load_recipe("recipes/tiny.yaml"))
-    assert getattr(arguments, "max_prompt_length", 128) == 128
+    """TRL 0.24 has one, 512 by default, and vLLM refuses it where prompt and answer together have fewer tokens."""
+    recipe = load_recipe("recipes/tiny.yaml")
+    arguments = training_arguments(recipe)
+    assert getattr(arguments, "max_prompt_length", recipe.max_prompt_length) == recipe.max_prompt_length
 
 
 def test_trl_knows_every_argument():
