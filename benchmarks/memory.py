@@ -5,8 +5,9 @@
 Every combination of the grid runs two steps of train_grpo.py (the second has the optimiser's state from its beginning). Settings that only the model's loading
 depends on (lora_rank, vram_gib, gpu_memory_utilization, load_in_4bit) get a process for each of their combinations; the others
 are run one after the other with the same model in memory, longest completions first in vLLM's plan. Combinations that make no sense (micro-batches that do
-not divide the completions) are left out. A model with random weights never ends its answers: the worst case. The held-out questions are
-not answered, which takes no more memory than a step.
+not divide the completions) are left out. The estimate is for prompts and answers of full length, and so is what is measured: every question is the
+longest of those that max_prompt_length admits, and a model with random weights never ends its answers. The held-out questions are not answered,
+which takes no more memory than a step.
 
 reserved: the most that PyTorch held, plus what the process holds outside of it (the CUDA context). allocated: the most
 that was in use at once, of what PyTorch held.
@@ -32,7 +33,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
 
     import support.preflight
     import train_grpo
-    from data import UserError
+    from data import UserError, load_questions, train_and_test_splits
     from infer import Completion
     from support.preflight import GIB, GPU, estimate_memory, is_out_of_memory
     from support.trainer import GRPOTrainer  # TRL's
@@ -50,6 +51,20 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     most = max(recipe.prompts_per_step * recipe.num_generations for _, recipe in recipes)
     base, tokenizer = train_grpo.load_base_model(longest, most)
     model = train_grpo.attach_lora(base, longest)
+    split, _ = train_and_test_splits(longest.dataset)
+    questions = load_questions(longest.dataset, split, tokenizer, longest.max_prompt_length, longest.system_prompt)
+
+    chats = (
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in questions["prompt"]
+    )
+    lengths = [len(chat) for chat in chats]
+
+    def longest_question(dataset, split, tokenizer, max_prompt_length, system_prompt):
+        tokens, row = max((tokens, row) for row, tokens in enumerate(lengths) if tokens <= max_prompt_length)
+        print(f"{split}: every prompt has {tokens} tokens", flush=True)
+        return questions.select([row])
+
+    train_grpo.load_questions = longest_question
     train_grpo.load_base_model = lambda *args: (base, tokenizer)
     train_grpo.attach_lora = lambda *args: model
     train_grpo.generate = lambda model, tokenizer, prompts, *args, **kwargs: [Completion("", 1, False)] * len(prompts)

@@ -57,10 +57,12 @@ def test_training_divides_a_step_into_its_parts(tmp_path):
 
 def test_memory_tries_the_combinations_that_make_sense(tmp_path):
     settings = "--model tiny --dataset tiny/questions --use_vllm false --load_in_4bit false --optim adamw_torch"
-    settings += " --max_completion_length 16 --prompts_per_step 2"
+    settings += " --max_prompt_length 60 --max_completion_length 16 --prompts_per_step 2"
     figures = tmp_path / "figures.jsonl"
     grid = ["--grid", "num_generations=4", "micro_batch_size=3,8"]  # 3 does not divide 8
-    assert "estimate/reserved" in run("benchmarks.memory", *settings.split(), *grid, "--json", str(figures))
+    printed = run("benchmarks.memory", *settings.split(), *grid, "--json", str(figures))
+    assert "estimate/reserved" in printed
+    assert "train: every prompt has 60 tokens" in printed  # the longest in tiny/questions has 70
     (measured,) = map(json.loads, figures.read_text().splitlines())
     assert measured["micro_batch_size"] == "8" and "error" not in measured
     assert measured["estimate"] == pytest.approx(sum(measured["parts"].values()))
