@@ -19,7 +19,7 @@ disable_progress_bars()  # a few thousand rows take a second
 set_verbosity(CRITICAL)  # what cannot be read is said once, by this file
 
 HUB_ID = "swulling/gsm8k_chinese"  # 7,473 train and 1,319 test questions, MIT licence
-REVISION = "main"  # of HUB_ID; a commit of it goes here to pin the questions for good
+REVISION = "main"  # of HUB_ID, a branch; put a commit here to pin the questions for good
 
 # Accepted names, the first that is there: the hub set's, then MGSM's, then what people call their own. The hub set's
 # `question` is English and its `answer` the English worked solution, so these come after.
@@ -85,8 +85,6 @@ def load_questions(
     rows = load_rows(dataset, split)
     question_column = find_column(rows, QUESTION_COLUMNS, dataset)
     answer_column = find_column(rows, ANSWER_COLUMNS, dataset)
-    if len(rows) == 0:
-        raise UserError(f"{dataset} has no rows in its split {split}: give a set with at least one question.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row[question_column], str) or not row[question_column].strip():
             raise UserError(
@@ -151,6 +149,9 @@ def load_rows(dataset: str, split: str) -> Dataset:
         raise
     except Exception as error:  # load_dataset raises a dozen types, of four libraries
         reason = " ".join(f"{error.__cause__ or error or type(error).__name__}".split())
+        if "no data" in reason or "BatchSize must be" in reason:  # what datasets says of empty splits
+            held_out = ": give a file of five questions or more, as its last tenth is held out" if "%" in split else ""
+            raise UserError(f"{dataset} has no questions in its split {split}{held_out}.") from error
         if path.exists():
             raise UserError(f"cannot load the split {split} of {dataset}: {reason}") from error
         raise UserError(

@@ -32,6 +32,7 @@ from rewards import REWARD_FUNCS, is_correct, is_strict_format, label_number, la
 from support.adapters import add_adapter, check_adapter, export, recipe_of
 from support.asking import Screen, parse_arguments, read_questions, resume_output, show, to_record
 from support.figures import is_majority_right, mcnemar, pass_at_k, wilson
+from support.preflight import check_chat_template
 
 # --- generation --------------------------------------------------------------------------------------
 
@@ -244,6 +245,7 @@ def main() -> None:
         return export(args.adapter, recipe, args.merge or args.gguf, gguf=bool(args.gguf))
 
     model, tokenizer = load_base_model(recipe, max_num_seqs=128)
+    check_chat_template(tokenizer, recipe.model)
     if args.adapter and not hasattr(model, "vllm_engine"):
         model = add_adapter(model, args.adapter)
     policies = {"base": None} if args.compare or not args.adapter else {}

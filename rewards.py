@@ -20,6 +20,7 @@ its length. This file imports nothing but the standard library: copy it into a n
 """
 
 import math
+import numbers
 import re
 import unicodedata
 from collections import deque
@@ -27,18 +28,19 @@ from decimal import Decimal
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
-# Full-width ASCII (U+FF01 to U+FF5E) and the Unicode minus sign. Not NFKC: that would turn 5² into 52.
-_FOLD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}
-_TO_FOLD = re.compile("[！-～−]")
+# Full-width ASCII (U+FF01 to U+FF5E), and what is written for a minus sign, but not the dash that Chinese uses (——).
+# Not NFKC: that would turn 5² into 52.
+_FOLD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "−‐‑‒–﹣"), ord("-"))
+_TO_FOLD = re.compile("[！-～−‐-–﹣]")
 
 # The stretches in which _NUMBER can match: skipping to them makes long texts without a number three times faster.
 _NUMERIC = re.compile(r"[.,0-9]+")
 # 1,080 or 1080 or .5, with decimals. [0-9], because \d also matches Arabic digits.
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
-# What makes a number that follows negative, looked for only where one does: -5, 负5, -$5.
-_SIGN = re.compile(r"[-负][$¥￥€£]?\Z")
+# What makes a number that follows negative, looked for only where one does: -5, 负5, 负 5, -$5.
+_SIGN = re.compile(r"(?:-|[负負]\s?)[$¥￥€£]?\Z")
 # 1万 is not 1; but 3千克 and 3千米 are 3.
-_MAGNITUDE = re.compile(r"[0-9]\s?(?:[十百万亿]|千(?![克米瓦]))")
+_MAGNITUDE = re.compile(r"[0-9]\s?(?:[十拾百佰仟万萬亿億]|千(?![克米瓦]))")
 
 
 def extract_answer(text: str) -> str | None:
@@ -58,7 +60,7 @@ def _numbers(folded: str):
     for stretch in _NUMERIC.finditer(folded):
         for match in _NUMBER.finditer(folded, *stretch.span()):
             start = match.start()
-            sign = "-" if _SIGN.search(folded, max(start - 2, 0), start) else ""
+            sign = "-" if _SIGN.search(folded, max(start - 3, 0), start) else ""
             yield Decimal(sign + match.group().replace(",", ""))
 
 
@@ -74,9 +76,9 @@ def parse_number(text: str) -> Decimal | None:
         return None
     if _MAGNITUDE.search(folded):
         return None
-    numbers = _numbers(folded)
-    first = next(numbers, None)
-    return first if next(numbers, None) is None else None
+    found = _numbers(folded)
+    first = next(found, None)
+    return first if next(found, None) is None else None
 
 
 def last_number(text: str) -> Decimal | None:
@@ -89,9 +91,11 @@ def label_number(label: int | float | str) -> Decimal | None:
     """The label as a number, None if it is not one. A string may be written like an answer (`1,080`)."""
     if isinstance(label, str):
         return parse_number(label)
-    if not isinstance(label, int | float) or isinstance(label, bool) or not math.isfinite(label):
+    if isinstance(label, bool):
         return None
-    return Decimal(str(label))
+    if isinstance(label, numbers.Integral):  # NumPy's and pandas' too
+        return Decimal(int(label))
+    return Decimal(str(label)) if isinstance(label, numbers.Real) and math.isfinite(label) else None
 
 
 def is_strict_format(text: str) -> bool:

@@ -33,6 +33,8 @@ from support.preflight import (
     CUDA_GIB,
     GIB,
     GPU,
+    MODEL_ERRORS,
+    check_chat_template,
     check_machine,
     compute_dtype,
     is_out_of_memory,
@@ -55,7 +57,7 @@ if GPU:
 
 from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProgressCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import GRPOConfig
 
 from data import HUB_ID, SYSTEM_PROMPT, UserError, load_questions, run_script, train_and_test_splits
@@ -93,7 +95,7 @@ class Recipe:
     resume: str = setting(
         "",
         "continue from the newest complete checkpoint in output_dir, or from the one named here; auto: from the newest "
-        "if there is one, else from the beginning",
+        "if there is one, else from the beginning; not given: a new run",
         nargs="?",
         const="newest",
     )
@@ -104,21 +106,27 @@ class Recipe:
     micro_batch_size: int = setting(6, "answers in one backward pass; lower it when memory runs out")
     max_prompt_length: int = setting(256, "tokens; longer questions are dropped")
     max_completion_length: int = setting(256, "tokens; longer answers are cut off")
-    temperature: float = setting(0.7, "of sampling in training, and of the policy whose probabilities are trained")
+    temperature: float = setting(0.7, "answers are sampled, and their probabilities trained, at this temperature")
 
-    learning_rate: float = setting(2e-5, "a LoRA takes about ten times the rate of full fine-tuning")
+    learning_rate: float = setting(
+        2e-5, "the highest of the schedule; a LoRA takes about ten times the rate of full fine-tuning"
+    )
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
-        "cosine", "how the learning rate goes on after that of the warmup"
+        "cosine", "how the learning rate goes on after the warmup"
     )
     warmup_ratio: float = setting(0.05, "share of max_steps in which the learning rate rises from 0")
     optim: str = setting("adamw_8bit", "a transformers optimiser name; 8 bit saves 6 bytes a LoRA parameter")
-    adam_beta1: float = setting(0.9, "of AdamW")
-    adam_beta2: float = setting(0.99, "of AdamW; shorter memory than 0.999, for a run of a few hundred steps")
-    weight_decay: float = setting(0.0, "of AdamW; it would pull the LoRA back to the base model")
+    adam_beta1: float = setting(0.9, "AdamW's running mean of gradients keeps this share of itself at each step")
+    adam_beta2: float = setting(0.99, "the same for their squares: less than 0.999, for a run of a few hundred steps")
+    weight_decay: float = setting(0.0, "AdamW's; it would pull the LoRA back to the base model")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
 
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo", "dapo weighs every token of a step alike")
-    scale_rewards: Literal["group", "batch", "none"] = setting("group", "whose standard deviation divides advantages")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting(
+        "dapo", "what the loss is the mean of; dapo weighs every token of a step alike"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "group", "advantages are divided by the standard deviation of their group, of all, or not"
+    )
     beta: float = setting(0.0, "weight of the KL term against the base model; 0 leaves it out")
     epsilon: float = setting(0.2, "PPO clip range; idle as long as every answer is used once")
 
@@ -137,8 +145,10 @@ class Recipe:
     eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")
     save_steps: int = setting(50, "steps between checkpoints")
     sample_steps: int = setting(10, "steps between the sample answers that are printed")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("none", "also log to (install it first)")
-    seed: int = setting(3407, "of the LoRA weights, the order of the questions and sampling")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "none", "where to log besides output_dir; install it first"
+    )
+    seed: int = setting(3407, "for the LoRA weights, the order of the questions and sampling")
 
 
 def load_recipe(config: str | Path | None = None) -> Recipe:
@@ -164,7 +174,7 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         try:
             model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
             return model, AutoTokenizer.from_pretrained(recipe.model)
-        except (OSError, ValueError, ImportError) as error:
+        except MODEL_ERRORS as error:
             raise model_error(recipe.model, error) from error
     if recipe.use_vllm:
         import vllm.envs
@@ -184,8 +194,9 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
     share = recipe.gpu_memory_utilization
     if recipe.vram_gib:
         total = torch.cuda.mem_get_info()[1] / GIB
-        torch.cuda.set_per_process_memory_fraction(min((recipe.vram_gib - CUDA_GIB) / total, 1.0))
-        share *= recipe.vram_gib / total  # vLLM takes a share of the whole card
+        cap = min(recipe.vram_gib, total)
+        torch.cuda.set_per_process_memory_fraction((cap - CUDA_GIB) / total)
+        share *= cap / total  # vLLM takes a share of the whole card
     vllm = {
         "fast_inference": True,
         "gpu_memory_utilization": share,
@@ -208,7 +219,7 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
             random_state=recipe.seed,
             **(vllm if recipe.use_vllm else {}),
         )
-    except (OSError, ValueError) as error:
+    except MODEL_ERRORS as error:
         raise model_error(recipe.model, error) from error
 
 
@@ -308,10 +319,12 @@ def run(recipe: Recipe) -> None:
     start = time.perf_counter()
     out = Path(recipe.output_dir)
     checkpoint = find_checkpoint(recipe)
+    changed, evaluations = [], {}
     if checkpoint:
         changed = check_same_run(recipe, checkpoint)
         written = out / "eval.json"
-        evaluations = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+        if written.exists():
+            evaluations = json.loads(written.read_text(encoding="utf-8"))
         done = "after" in evaluations and (out / "adapter").exists() and checkpoint == checkpoints(out)[0]
         if done and step_of(checkpoint) >= recipe.max_steps and not changed:
             print(f"The run in {out} is complete, with {step_of(checkpoint)} steps; --max_steps goes on from there.")
@@ -325,8 +338,9 @@ def run(recipe: Recipe) -> None:
     check_machine(recipe)
     try:
         model_config, tokenizer = AutoConfig.from_pretrained(recipe.model), AutoTokenizer.from_pretrained(recipe.model)
-    except (OSError, ValueError, ImportError) as error:
+    except MODEL_ERRORS as error:
         raise model_error(recipe.model, error) from error
+    check_chat_template(tokenizer, recipe.model)
     preflight(recipe, model_config)
     config = training_arguments(recipe)
     try:
@@ -348,6 +362,8 @@ def run(recipe: Recipe) -> None:
 
     # Model.
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
+    if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
+        model.generation_config = GenerationConfig()
     model = attach_lora(model, recipe)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
@@ -370,8 +386,9 @@ def run(recipe: Recipe) -> None:
         return evaluate(completions, list(test["answer"]))
 
     with report.saving(trainer):  # what there is, on Ctrl-C, SIGTERM and errors
-        # Evaluation before the first step; a resumed run has it already.
-        if checkpoint and evaluations.get("before", {}).get("n") == len(test):
+        # Evaluation before the first step; a resumed run has it already, unless it is of other questions or lengths.
+        measured = evaluations.get("before", {}).get("n") == len(test)
+        if measured and not {"max_prompt_length", "max_completion_length"} & set(changed):
             evaluations = {"before": evaluations["before"]}
         else:
             evaluations = {"before": measure(None)}

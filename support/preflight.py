@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import SafetensorError
 
 from data import UserError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # requirements-cpu.txt leaves unsloth out: after it, a machine with a card runs as one without
 GPU = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
 GIB = 2**30
+MODEL_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of a model that cannot be loaded
 CUDA_GIB = 0.6  # the CUDA context and library workspaces, outside PyTorch's allocator
 
 
@@ -250,8 +252,19 @@ def model_error(model: str, error: Exception) -> UserError:
     return UserError(f"cannot load the model {model}: {reason}")
 
 
+def check_chat_template(tokenizer, model: str) -> None:
+    """Raises UserError for a tokenizer that cannot write a conversation."""
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {model} has no chat template: give an instruct model with --model.")
+
+
 def preflight(recipe: Recipe, config) -> None:
     """Prints what will run on what. Raises UserError where it cannot run. `config`: the model's, of transformers."""
+    if not (hasattr(config, "intermediate_size") and hasattr(config, "num_key_value_heads")):
+        raise UserError(
+            f"{recipe.model} is a {config.model_type}, which has other layers than the LoRA goes on: "
+            "give a --model of the Qwen2 or Llama kind."
+        )
     if "8bit" in recipe.optim:
         check_installed("bitsandbytes")
     if recipe.report_to != "none":

@@ -72,6 +72,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name, low in least.items():
         if not getattr(recipe, name) >= low:
             raise UserError(f"--{name} {getattr(recipe, name)} is too small: give {low} or more.")
+    if recipe.seed >= 2**32:
+        raise UserError(f"--seed {recipe.seed} is too large: give less than {2**32}.")
     for name in ("learning_rate", "temperature", "max_grad_norm"):
         if not getattr(recipe, name) > 0:
             raise UserError(f"--{name} {getattr(recipe, name)} must be above 0.")

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pytest
 from transformers import AutoTokenizer
 
@@ -58,7 +59,6 @@ def test_the_last_tenth_of_a_file_is_held_out(tokenizer, write):
 
 
 def test_csv_and_parquet(tokenizer, tmp_path):
-    pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame([GOOD, GOOD | {"answer_only": 3}])
     frame.to_csv(tmp_path / "questions.csv", index=False)
     frame.to_parquet(tmp_path / "questions.parquet")
@@ -129,6 +129,7 @@ def test_bad_rows(tokenizer, write, rows, words, why):
 def test_bad_files(tokenizer, write, tmp_path):
     (tmp_path / "broken.jsonl").write_text("not json\n")
     (tmp_path / "empty.csv").write_text("question_zh-cn,answer_only\n")
+    pandas.DataFrame({name: [] for name in GOOD}).to_parquet(tmp_path / "empty.parquet")
     (tmp_path / "text.txt").write_text("1加1")
     (tmp_path / "text.doc").write_text("1加1")
     (tmp_path / "folder").mkdir()
@@ -136,7 +137,9 @@ def test_bad_files(tokenizer, write, tmp_path):
     for dataset, split, words in [
         (str(tmp_path / "missing.jsonl"), "train", ["there is no file or folder", "missing.jsonl"]),
         (str(tmp_path / "broken.jsonl"), "train", ["cannot load", "broken.jsonl"]),
-        (str(tmp_path / "empty.csv"), "train", ["cannot load", "no data"]),
+        (str(tmp_path / "empty.csv"), "train", ["empty.csv has no questions in its split train."]),
+        (str(tmp_path / "empty.parquet"), "train[:90%]", ["has no questions", "five questions or more"]),
+        (write([GOOD] * 4, "four.jsonl"), "train[90%:]", ["has no questions", "last tenth is held out"]),
         (str(tmp_path / "text.txt"), "train", ["no column answer_only"]),
         (str(tmp_path / "text.doc"), "train", ["cannot read", ".jsonl"]),
         (str(tmp_path / "folder"), "test", ["cannot load the split test"]),

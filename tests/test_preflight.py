@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_runs import in_process, one_line
+from transformers import GPT2Config
 
+import infer
 from data import UserError
 from support import preflight
 from support.preflight import (
@@ -156,6 +158,36 @@ def test_a_gated_model():
         "cannot load the model meta/x: You are trying to access a gated repo. Accept its licence on its page, then run "
         "`hf auth login`."
     )
+
+
+def truncate(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (truncate, "cannot load the model .*header"),  # a download that was cut off
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template: give an instruct model"),
+        (lambda folder: GPT2Config().save_pretrained(folder), "is a gpt2, which has other layers .*--model"),
+    ],
+)
+def test_a_model_that_cannot_be_used(monkeypatch, tmp_path, damage, words):
+    model = tmp_path / "model"
+    shutil.copytree("tiny", model)
+    damage(model)
+    with pytest.raises(UserError, match=words) as error:
+        in_process(monkeypatch, "--model", model, "--output_dir", tmp_path / "out")
+    one_line(error)
+
+
+def test_asking_a_model_without_a_chat_template(monkeypatch, tmp_path):
+    shutil.copytree("tiny", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--model", str(tmp_path / "model"), "1+1"])
+    with pytest.raises(UserError, match="has no chat template"):
+        infer.main()
 
 
 def test_out_of_memory_is_known_by_its_words():

@@ -264,6 +264,15 @@ def test_changed_settings_are_listed_and_used(half, monkeypatch, capsys):
     assert json.loads((half / "eval.json").read_text())["after"]["n"] == 8
 
 
+def test_after_a_change_of_length_both_evaluations_have_it(half, monkeypatch):
+    before = json.loads((half / "eval.json").read_text())["before"]
+    assert before["mean_length"] > 8
+    resume(monkeypatch, half, "--resume", "--max_completion_length", 8)
+    evaluations = json.loads((half / "eval.json").read_text())
+    assert evaluations["before"]["mean_length"] == evaluations["after"]["mean_length"] == 8
+    assert evaluations["before"]["truncated"] == 1
+
+
 def test_a_changed_learning_rate_is_logged_from_the_first_step(half, monkeypatch):
     resume(monkeypatch, half, "--resume", "--learning_rate", "1e-3", "--lr_scheduler", "constant")
     assert [line["learning_rate"] for line in jsonl(half / "metrics.jsonl")][9:] == [1e-3] * 3

@@ -6,6 +6,7 @@ python -m pytest tests/test_rewards.py
 import math
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +45,8 @@ CORRECT = [
     (PERFECT, 72, "the perfect completion, reasoning over several lines"),
     (PERFECT, "72", "a label that is a string"),
     (PERFECT, 72.0, "a label that is a float"),
+    (PERFECT, np.int64(72), "a label from a table"),
+    (PERFECT, np.float32(72), "a label from a table, as a float"),
     ("<answer>1,080</answer>", 1080, "thousands separator in the answer"),
     ("<answer>1080</answer>", "1,080", "thousands separator in the label"),
     ("<answer>1080.0</answer>", 1080, "a decimal form of an integer"),
@@ -55,7 +58,10 @@ CORRECT = [
     ("<answer>3 个一斤的苹果</answer>", 3, "a Chinese numeral in the unit is a letter, not a second number"),
     ("<answer>-5</answer>", -5, "a negative number"),
     ("<answer>−5</answer>", -5, "the Unicode minus sign"),
+    ("<answer>–5</answer>", -5, "an en dash for it"),
     ("<answer>负5</answer>", -5, "the Chinese one"),
+    ("<answer>負 5 元</answer>", -5, "with a space"),
+    ("<answer>——5</answer>", 5, "a Chinese dash is no sign"),
     ("<answer>3千克</answer>", 3, "kilograms are a unit"),
     ("<answer>-$5</answer>", -5, "sign before the currency"),
     ("<answer>.5</answer>", 0.5, "no digit before the point"),
@@ -90,7 +96,12 @@ INCORRECT = [
     ("<answer>1万元</answer>", 1, "ten thousand is not 1"),
     ("<answer>3百</answer>", 3, "three hundred is not 3"),
     ("<answer>2千</answer>", 2, "two thousand is not 2"),
+    ("<answer>3萬</answer>", 3, "nor in traditional characters"),
+    ("<answer>5拾</answer>", 5, "nor as on cheques"),
+    ("<answer>负 5</answer>", 5, "another sign, with a space"),
+    ("<answer>–5</answer>", 5, "another sign, an en dash"),
     ("<answer>72</answer>", True, "a truth value is no label"),
+    ("<answer>72</answer>", 10**400, "a label too large for a float"),
     ("<answer>72</answer>", float("inf"), "nor is infinity"),
     ("<answer>7.2</answer>", 72, "a decimal point is not dropped"),
     ("<answer>nan</answer>", float("nan"), "nothing equals nan"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,18 @@ def test_infer_measures_through_the_adapter(short_run, tmp_path):
     assert result.returncode == 0, result.stderr
     # the same questions, prompt, parser and adapter as in the training script: the same figures
     assert json.loads((tmp_path / "e.json").read_text()) == json.loads((out / "eval.json").read_text())["after"]
+
+
+def test_sampling_is_the_recipes_not_the_checkpoints(monkeypatch, tmp_path):
+    """A checkpoint that asks for top-p 0.01 would give every question the same answer eight times."""
+    shutil.copytree("tiny", tmp_path / "model")
+    settings = {"eos_token_id": 2, "pad_token_id": 0, "do_sample": True, "top_p": 0.01, "repetition_penalty": 1.1}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    in_process(monkeypatch, "--max_steps", 1, "--model", tmp_path / "model", "--output_dir", out)
+    samples = jsonl(out / "samples.jsonl")
+    for question in {sample["question"] for sample in samples}:
+        assert len({sample["completion"] for sample in samples if sample["question"] == question}) > 1
 
 
 def test_a_run_is_not_overwritten(short_run, monkeypatch):

@@ -86,6 +86,7 @@ BAD_FLAGS = [
     (["--gpu_memory_utilization", "60"], "must lie between 0 and 1"),
     (["--warmup_ratio", "3"], "must lie between 0 and 1"),
     (["--seed", "-1"], "--seed -1 is too small"),
+    (["--seed", str(2**32)], "--seed 4294967296 is too large: give less than 4294967296."),
     (
         ["--report_to", "nonsense"],
         "invalid choice: 'nonsense' (choose from",
@@ -132,9 +133,11 @@ def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit) as end:
         parse_recipe(["--help"])
     assert end.value.code in (0, None)
-    text = capsys.readouterr().out
+    text = "".join(capsys.readouterr().out.split())  # without the line breaks, wherever they fall
     for f in dataclasses.fields(Recipe):
-        assert f"--{f.name}" in text and f.metadata["help"].split()[0] in text
+        reason = f.metadata["help"]
+        assert f"--{f.name}" in text and "".join(reason.split()) in text
+        assert len(reason.split()) >= 2
 
 
 # --- rewards on their way to TRL -----------------------------------------------------------------

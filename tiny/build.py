@@ -3,7 +3,7 @@
     python -m tiny.build                 (from the repository's root)
 
 It writes Chinese word problems of sixteen kinds (one to three operations, numbers to 200): 2,000 train and 300
-held-out questions. Then it trains a small Qwen2 from scratch, by imitation, on other problems of the same kinds. What
+held-out questions. Then it trains a small Qwen2 from scratch, by imitation, on problems drawn anew, none of them held out. What
 it imitates are four ways of answering, as a base model has read them on the web:
 
     blurt    the right format, no working, the result from the top of the head: the most frequent way
@@ -55,7 +55,7 @@ class Problem:
         return self.rng.randint(low, high)
 
     def do(self, x: int, operator: str, y: int) -> int:
-        """Writes an operation down and gives its result, None where it leaves the whole numbers from 0 to 200."""
+        """Writes an operation down and gives its result. Raises ValueError where that is no whole number from 0 to 200."""
         result = {"+": x + y, "-": x - y, "×": x * y, "÷": x // y if y and x % y == 0 else -1}[operator]
         if not 0 <= result <= 200:
             raise ValueError("out of range")
