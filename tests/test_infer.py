@@ -157,7 +157,7 @@ def test_questions_of_every_kind_of_file(tmp_path):
         ("q.jsonl", '{"question": "1加1", "answer": "两个"}\n', "not one number"),
         ("q.jsonl", '{"frage": "1加1"}\n', "no column"),
         ("q.jsonl", "{", "cannot load"),
-        ("q.csv", "问题\n", "cannot load"),
+        ("q.csv", "问题\n", "has no questions"),
         ("q.doc", "1加1", "cannot read"),
         ("q.txt", "\n\n", "no question"),
         (None, None, "no file"),
