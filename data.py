@@ -149,7 +149,7 @@ def load_rows(dataset: str, split: str) -> Dataset:
         raise
     except Exception as error:  # load_dataset raises a dozen types, of four libraries
         reason = " ".join(f"{error.__cause__ or error or type(error).__name__}".split())
-        if "no data" in reason or "BatchSize must be" in reason:  # what datasets says of empty splits
+        if "corresponds to no data" in reason or "BatchSize must be" in reason:  # what datasets says of empty splits
             held_out = ": give a file of five questions or more, as its last tenth is held out" if "%" in split else ""
             raise UserError(f"{dataset} has no questions in its split {split}{held_out}.") from error
         if path.exists():

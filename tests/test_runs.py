@@ -163,7 +163,7 @@ def test_infer_measures_through_the_adapter(short_run, tmp_path):
 
 
 def test_sampling_is_the_recipes_not_the_checkpoints(monkeypatch, tmp_path):
-    """A checkpoint that asks for top-p 0.01 would give every question the same answer eight times."""
+    """A checkpoint that asks for top-p 0.01 would give every question one answer, again and again."""
     shutil.copytree("tiny", tmp_path / "model")
     settings = {"eos_token_id": 2, "pad_token_id": 0, "do_sample": True, "top_p": 0.01, "repetition_penalty": 1.1}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
