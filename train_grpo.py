@@ -44,9 +44,12 @@ from support.preflight import (
 )
 
 if GPU:
-    # unsloth unrolls its loss into 4 chunks an answer and has torch.compile trace all of them: minutes before the first
-    # step, more for larger micro-batches, to save milliseconds afterwards.
+    # No torch.compile, in any library: it takes minutes before the first step, more on Colab's two cores, and saves
+    # milliseconds in the few hundred after it. unsloth unrolls its loss for the compiler, unless its own variable is set.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
+    # FlashInfer, which vLLM imports and does not use here, would compile a C++ extension at its first import.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
     os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
     # before trl, transformers and peft, which it patches, and before CUDA starts, whose allocator it sets up
@@ -179,12 +182,9 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
     if recipe.use_vllm:
         import vllm.envs
         import vllm.model_executor.models.registry as registry
-        import vllm.v1.sample.sampler as sampler
 
         # vLLM looks at the model's class in a process of its own, which imports torch and vllm once more: half a minute
         registry._run_in_subprocess = lambda look: look()
-        # vLLM compiles this comparison, for which torch.compile has to start: seconds, as nothing else here needs it
-        sampler.batched_count_greater_than = lambda logprobs, values: (logprobs >= values).sum(-1)
         # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
         # first start, for top-p and top-k sampling that training does not use.
         vllm.envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"] = lambda: False
@@ -202,13 +202,7 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         "gpu_memory_utilization": share,
         "max_lora_rank": recipe.lora_rank,
         "max_num_seqs": sequences,
-        # CUDA graphs for decoding, and no torch.compile: that takes minutes, more on Colab's two cores. One set of
-        # graphs, with the LoRA, for the base model too.
-        "compilation_config": {
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_specialize_lora": False,
-        },
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},  # no compiler, but CUDA graphs
     }
     try:
         return FastLanguageModel.from_pretrained(

@@ -241,8 +241,10 @@ def main() -> None:
                 command += ["--all_answers"] if args.all_answers else []
                 command += ["--json", str(path), "--child", str(time.time())]
                 print(f"--- {variant}, {start}", flush=True)
-                compiled = {"UNSLOTH_COMPILE_DISABLE": "0"} if variant.split()[0] in ("article", "compiled") else {}
-                if subprocess.run(command, env=os.environ | caches | compiled).returncode:
+                kind = variant.split()[0]
+                compiler = {"TORCHDYNAMO_DISABLE": "0"} if kind != "ours" else {}
+                compiler |= {"UNSLOTH_COMPILE_DISABLE": "0"} if kind in ("article", "compiled") else {}
+                if subprocess.run(command, env=os.environ | caches | compiler).returncode:
                     break
                 measured = json.loads(path.read_text())
                 result |= measured | {f"{start} marks": measured["marks"]}

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 GPU = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
 GIB = 2**30
 MODEL_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of a model that cannot be loaded
-CUDA_GIB = 0.6  # the CUDA context and library workspaces, outside PyTorch's allocator
+CUDA_GIB = 0.85  # the CUDA context and library workspaces, outside PyTorch's allocator: 0.83 on an H200
+BUFFERS_GIB = 0.6  # NF4 weights of a layer in 16 bits, blocks that PyTorch keeps: what benchmarks/memory.py found beside the rest
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -73,22 +74,21 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
     weights = linear * (4.127 / 8 if recipe.load_in_4bit else 2) + embeddings * 2
     kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
     optimizer = 2 if "8bit" in recipe.optim else 8
-    if recipe.gradient_checkpointing:
-        # One layer's activations are recomputed at a time; the others keep their input only.
-        kept = layers * hidden + 8 * hidden + 6 * mlp
-    else:
-        kept = layers * (6 * hidden + 2 * kv + 3 * mlp)
-    activations = recipe.micro_batch_size * sequence * 2 * kept
-    # unsloth computes them again in the backward pass, a quarter of an answer at a time; six float32 arrays of their size
-    # are there at once, among them the logits, their logarithms, the probabilities and the gradients.
+    tokens = recipe.micro_batch_size * sequence
+    # unsloth computes the logits again in the backward pass, a quarter of an answer at a time; six float32 arrays of their
+    # size are there at once, among them the logits, their logarithms, the probabilities and the gradients.
     logits = sequence / 4 * config.vocab_size * 4 * 6
+    if recipe.gradient_checkpointing:
+        # Every layer keeps its input. Then come the logits, and when they are gone, four activations of one MLP at a time.
+        activations = 2 * tokens * layers * hidden + max(logits, 2 * tokens * 4 * mlp)
+    else:
+        activations = 2 * tokens * layers * (6 * hidden + 2 * kv + 3 * mlp) + logits
     parts = {
         "weights": weights,
         "KV cache": kv_cache,
         "LoRA and optimiser": lora * (4 + 4 + 2 + optimizer),  # float32 weights and gradients, vLLM's 16-bit copy
-        "activations": activations,
-        "logits": logits,
-        "CUDA": CUDA_GIB * GIB,
+        "activations and logits": activations,
+        "CUDA and buffers": (CUDA_GIB + BUFFERS_GIB) * GIB,
     }
     parts = {name: size / GIB for name, size in parts.items()}
     if recipe.use_vllm:  # vLLM takes its whole share at once; 0.7 GiB of it are its own activations and CUDA graphs

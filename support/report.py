@@ -62,18 +62,21 @@ def recording(reward_func, batch: dict):
     return wrapper
 
 
-def ten_step_means(history: list[dict]) -> list[float]:
-    """The mean reward of steps 1 to 10, of 2 to 11, and so on."""
-    return [sum(line["reward"] for line in history[i : i + 10]) / 10 for i in range(len(history) - 9)]
+def window_means(history: list[dict], window: int) -> list[float]:
+    """The mean reward of steps 1 to `window`, of 2 to `window` + 1, and so on."""
+    return [sum(line["reward"] for line in history[i : i + window]) / window for i in range(len(history) - window + 1)]
 
 
-def best_step(history: list[dict]) -> int | None:
-    """The last step of the ten with the highest mean reward, of several equal tens the latest; None before step 10."""
-    return max(zip(ten_step_means(history), (line["step"] for line in history[9:]), strict=True), default=(0, None))[1]
+def best_step(history: list[dict], window: int = 10) -> int | None:
+    """The last of the `window` steps with the highest mean reward, of several equal ones the latest; None before they are full."""
+    steps = (line["step"] for line in history[window - 1 :])
+    return max(zip(window_means(history, window), steps, strict=True), default=(0, None))[1]
 
 
-def divergence(history: list[dict]) -> tuple[str, int] | None:
+def divergence(history: list[dict], window: int = 10) -> tuple[str, int] | None:
     """What is wrong after the steps in `history` (lines of metrics.jsonl), and the last step before it; None if nothing is.
+
+    A reward has fallen when its mean over `window` steps has halved.
 
     float16 training skips a step whose loss or gradient overflows and lowers its scale: a few in a row are normal.
     """
@@ -83,9 +86,10 @@ def divergence(history: list[dict]) -> tuple[str, int] | None:
     same = all(line["frac_reward_zero_std"] == 1 for line in history[-20:])
     if len(history) >= 20 and same and sum(rewards[-20:]) / 20 < sum(rewards[:3]) / 3 / 4:
         return "20 steps of answers are all worth the same, and less than the first ones", history[-20]["step"] - 1
-    means = ten_step_means(history)
+    means = window_means(history, window)
     if means and max(means) - means[-1] > max(0.5, max(means) / 2):
-        return f"the mean reward of ten steps fell from {max(means):.2f} to {means[-1]:.2f}", best_step(history)
+        fell = f"the mean reward of {window} steps fell from {max(means):.2f} to {means[-1]:.2f}"
+        return fell, best_step(history, window)
     return None
 
 
@@ -97,6 +101,7 @@ class Report(ProgressCallback):
         self.recipe, self.batch, self.out = recipe, batch, Path(recipe.output_dir)
         self.metrics, self.samples = (read_json_lines(self.out / f"{name}.jsonl") for name in ("metrics", "samples"))
         self.stop_signal, self.in_training = None, False
+        self.window = max(10, math.ceil(40 / recipe.prompts_per_step))  # of fewer questions a mean can halve by chance
 
     @contextlib.contextmanager
     def saving(self, trainer: GRPOTrainer):
@@ -193,7 +198,7 @@ class Report(ProgressCallback):
         check_present(self.out)
         write_json_lines(self.out / "metrics.jsonl", [metrics], append=True)
         write_json_lines(self.out / "samples.jsonl", samples, append=True)
-        if found := divergence(self.metrics):
+        if found := divergence(self.metrics, self.window):
             raise self.diverged(*found)
 
         def short(name):
@@ -223,7 +228,7 @@ class Report(ProgressCallback):
         draw_reward_curve(self.out)
         mark_complete(self.out / f"checkpoint-{state.global_step}", self.recipe)
         # transformers keeps the newest two and this one: should the policy diverge later, here is where it was good
-        best = best_step(self.metrics) or 0
+        best = best_step(self.metrics, self.window) or 0
         good = next((path for path in checkpoints(self.out) if step_of(path) <= best), None)
         state.best_model_checkpoint = str(good) if good else None
 

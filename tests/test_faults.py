@@ -57,6 +57,17 @@ def test_divergence(lines, found):
         assert found[0] in result[0] and result[1] == found[1]
 
 
+def test_a_few_questions_a_step_are_not_a_policy_that_diverges():
+    # article.yaml, one question a step, Qwen2.5-Coder-1.5B-Instruct in NF4: a run that this had ended
+    rewards = [1.44, 0.33, 0.1, 1.94, 2.04, 0.92, 0.98, 0.98, 1.06, 2.54, 1.29, 3.25, 1.94, 1.1, 2.08, 2.25, 2.02, 0.33]
+    rewards += [1.56, 2.83, 0.6, 1.31, 1.31, 1.15, 1.58, 1.83, 0.08, 1.31, 1.02, 1.71, 1.12, 0.62, 0.69, 0.42, 1.83, 0.44]
+    assert divergence(history(rewards), window=10)
+    for recipe, window in (("article", 40), ("t4", 10)):
+        assert Report(load_recipe(f"recipes/{recipe}.yaml"), {}).window == window
+    assert not divergence(history(rewards), window=40)
+    assert divergence(history([2.0] * 40 + [0.5] * 40), window=40)[1] == 40
+
+
 def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_stays(monkeypatch, tmp_path):
     out = tmp_path / "out"
     in_process(monkeypatch, "--max_steps", 2, "--save_steps", 2, "--output_dir", out)
@@ -233,7 +244,7 @@ def test_when_nobody_reads_the_output_any_more(tmp_path):
 
 
 def test_the_last_good_checkpoint_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr("support.report.best_step", lambda history: 3)
+    monkeypatch.setattr("support.report.best_step", lambda history, window: 3)
     in_process(monkeypatch, "--max_steps", 10, "--save_steps", 2, "--output_dir", tmp_path / "out")
     kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert kept == {"checkpoint-2", "checkpoint-8", "checkpoint-10"}

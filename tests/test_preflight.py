@@ -106,7 +106,7 @@ def test_unsloth_missing_beside_a_gpu(t4):
 @pytest.mark.parametrize(
     "micro_batch_size, free, card, words",
     [
-        (24, 14.7, 14.7, r"about \d+\.\d GiB of GPU memory are needed, and there are 14.7: try --micro_batch_size 12"),
+        (48, 14.7, 14.7, r"about \d+\.\d GiB of GPU memory are needed, and there are 14.7: try --micro_batch_size 24"),
         (6, 9.0, 14.7, r"9.0 of 14.7 are free: end what holds the rest .* or try --micro_batch_size 3"),
         (6, 5.0, 5.0, "no room for a KV cache .* raise --gpu_memory_utilization"),
     ],
@@ -221,6 +221,33 @@ def test_memory_of_the_7b_model():
     assert parts["weights"] + lora_slots == pytest.approx(5.36, abs=0.1)  # GiB, as vLLM loaded it with them
     assert parts["weights"] + parts["KV cache"] + 0.7 == pytest.approx(0.6 * 14.74)
     assert estimate_memory(QWEN_7B, Recipe(load_in_4bit=False), 80)["weights"] == pytest.approx(14.2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "card, utilization, rank, length, micro_batch_size, measured",  # GiB: benchmarks/RESULTS.md
+    [
+        (24, 0.4, 16, 128, 6, 11.50),
+        (24, 0.4, 16, 128, 12, 12.21),
+        (24, 0.4, 16, 512, 6, 12.27),
+        (24, 0.4, 16, 512, 12, 13.95),
+        (24, 0.4, 32, 128, 6, 11.99),
+        (24, 0.4, 32, 512, 12, 14.06),
+        (12, 0.6, 16, 1024, 6, 10.95),
+        (14.7, 0.6, 16, 768, 6, 12.01),
+        (14.7, 0.6, 16, 1280, 6, 13.04),
+        (16, 0.6, 16, 1536, 6, 14.33),
+        (24, 0.6, 16, 2304, 6, 20.58),
+    ],
+)
+def test_memory_is_what_was_measured(card, utilization, rank, length, micro_batch_size, measured):
+    recipe = Recipe(
+        gpu_memory_utilization=utilization,
+        lora_rank=rank,
+        max_prompt_length=241,
+        max_completion_length=length,
+        micro_batch_size=micro_batch_size,
+    )
+    assert sum(estimate_memory(QWEN_7B, recipe, card).values()) == pytest.approx(measured, rel=0.02)
 
 
 def test_memory_of_the_kv_cache_without_vllm():
