@@ -60,7 +60,26 @@ def test_divergence(lines, found):
 def test_a_few_questions_a_step_are_not_a_policy_that_diverges():
     # article.yaml, one question a step, Qwen2.5-Coder-1.5B-Instruct in NF4: a run that this had ended
     rewards = [1.44, 0.33, 0.1, 1.94, 2.04, 0.92, 0.98, 0.98, 1.06, 2.54, 1.29, 3.25, 1.94, 1.1, 2.08, 2.25, 2.02, 0.33]
-    rewards += [1.56, 2.83, 0.6, 1.31, 1.31, 1.15, 1.58, 1.83, 0.08, 1.31, 1.02, 1.71, 1.12, 0.62, 0.69, 0.42, 1.83, 0.44]
+    rewards += [
+        1.56,
+        2.83,
+        0.6,
+        1.31,
+        1.31,
+        1.15,
+        1.58,
+        1.83,
+        0.08,
+        1.31,
+        1.02,
+        1.71,
+        1.12,
+        0.62,
+        0.69,
+        0.42,
+        1.83,
+        0.44,
+    ]
     assert divergence(history(rewards), window=10)
     for recipe, window in (("article", 40), ("t4", 10)):
         assert Report(load_recipe(f"recipes/{recipe}.yaml"), {}).window == window
