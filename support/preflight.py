@@ -29,9 +29,7 @@ GPU = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not N
 GIB = 2**30
 MODEL_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of a model that cannot be loaded
 CUDA_GIB = 0.85  # the CUDA context and library workspaces, outside PyTorch's allocator: 0.83 on an H200
-BUFFERS_GIB = (
-    0.6  # NF4 weights of a layer in 16 bits, blocks that PyTorch keeps: what benchmarks/memory.py found beside the rest
-)
+BUFFERS_GIB = 0.6  # unpacked NF4 weights, blocks that PyTorch keeps: the rest of what benchmarks/memory.py measured
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
