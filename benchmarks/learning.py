@@ -25,9 +25,11 @@ from pathlib import Path
 
 def measure(config: str, settings: list[str], started: float, interval: float, eval_length: int) -> None:
     """One run, in this process."""
+    import train_grpo  # imports unsloth, which must come before transformers
+
+    # isort: split
     from transformers import TrainerCallback
 
-    import train_grpo
     from data import load_questions, train_and_test_splits
     from infer import evaluate, generate
     from support.report import Report

@@ -4,7 +4,7 @@
 
 Every combination of the grid runs two steps of train_grpo.py (the second has the optimiser's state from its beginning). Settings that only the model's loading
 depends on (lora_rank, vram_gib, gpu_memory_utilization, load_in_4bit) get a process for each of their combinations; the others
-are run one after the other with the same model in memory, longest completions first in vLLM's plan. Combinations that make no sense (micro-batches that do
+are run one after the other with the same model in memory, with vLLM set up for the longest. Combinations that make no sense (micro-batches that do
 not divide the completions) are left out. The estimate is for prompts and answers of full length, and so is what is measured: every question is the
 longest of those that max_prompt_length admits, and a model with random weights never ends its answers. The held-out questions are not answered,
 which takes no more memory than a step.
@@ -28,11 +28,13 @@ LOADING = ["lora_rank", "vram_gib", "gpu_memory_utilization", "load_in_4bit"]
 
 def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) -> None:
     """All `points` (settings by name) with one model in memory: appends a line for each to `json_file`."""
+    import train_grpo  # imports unsloth, which must come before transformers
+
+    # isort: split
     import torch
     from transformers import AutoConfig
 
     import support.preflight
-    import train_grpo
     from data import UserError, load_questions, train_and_test_splits
     from infer import Completion
     from support.preflight import GIB, GPU, estimate_memory, is_out_of_memory

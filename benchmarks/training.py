@@ -6,8 +6,8 @@ ours      train_grpo.py with recipes/t4.yaml
 article   train_grpo.py with recipes/article.yaml; vLLM's model and unsloth's loss compiled, as they are by default
 trl       ours, but the model loaded by transformers and PEFT, and transformers generates: TRL as it comes, QLoRA
 trl_vllm  ours, but the model loaded by transformers and PEFT, and TRL's own colocated vLLM generates
-inductor  ours, but vLLM compiles the model with torch.compile, as it does by default
-compiled  ours, but unsloth's loss is compiled, as it is by default
+inductor  ours, but torch.compile is on, and vLLM compiles the model with it, as it does by default
+compiled  ours, but torch.compile is on, and unsloth compiles its loss with it, as it does by default
 
 A variant may bring settings of its own: "ours --prompts_per_step 16".
 --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
@@ -42,7 +42,13 @@ CONFIGS = {
     "inductor": "recipes/t4.yaml",
     "compiled": "recipes/t4.yaml",
 }
-CACHES = ["VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION"]
+CACHES = [
+    "VLLM_CACHE_ROOT",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "UNSLOTH_COMPILE_LOCATION",
+    "TVM_FFI_CACHE_DIR",
+]
 
 
 def measure(variant: str, settings: list[str], started: float, all_answers: bool, json_file: Path) -> None:
@@ -55,10 +61,12 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         unsloth = types.ModuleType("unsloth")
         unsloth.FastLanguageModel, unsloth.__spec__ = None, importlib.machinery.ModuleSpec("unsloth", None)
         sys.modules["unsloth"] = unsloth
+    import train_grpo  # imports unsloth, which must come before transformers
+
+    # isort: split
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    import train_grpo
     from support.trainer import GRPOTrainer  # TRL's
 
     recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings, *own])
@@ -170,7 +178,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         "marks": marks,
         "steps": steps,
         "gib": metrics[-1]["gib"],
-        "card_gib": total - free,
+        "card_gib": metrics[-1]["gib"] + (total - free - torch.cuda.memory_reserved() / GIB if GPU else 0),
         "linear": linear,
         "output_layer": embeddings if tied else embeddings // 2,
         "bytes": torch.finfo(compute_dtype(recipe)).bits / 8,  # of a weight; NF4's 4.127 bits only in the linear layers
@@ -242,7 +250,8 @@ def main() -> None:
                 command += ["--json", str(path), "--child", str(time.time())]
                 print(f"--- {variant}, {start}", flush=True)
                 kind = variant.split()[0]
-                compiler = {"TORCHDYNAMO_DISABLE": "0"} if kind != "ours" else {}
+                off = ("TORCHDYNAMO_DISABLE", "TVM_FFI_DISABLE_TORCH_C_DLPACK")
+                compiler = dict.fromkeys(off, "0") if kind != "ours" else {}
                 compiler |= {"UNSLOTH_COMPILE_DISABLE": "0"} if kind in ("article", "compiled") else {}
                 if subprocess.run(command, env=os.environ | caches | compiler).returncode:
                     break
