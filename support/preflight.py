@@ -125,10 +125,12 @@ def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> fl
 
 
 def memory_advice(recipe: Recipe, resumed: bool = False) -> str:
-    """The flags that save most, with values, less those that are as low as they go, or that a resumed run keeps."""
+    """Flags that save memory in training, with values, less those that are as low as they go, or that a resumed run keeps.
+
+    Not vLLM's share: it may be too large for training or too small for vLLM, and an error does not tell which.
+    """
     completions = recipe.prompts_per_step * recipe.num_generations
     lower = {
-        "gpu_memory_utilization": round(max(recipe.gpu_memory_utilization - 0.05, 0.5), 2) if recipe.use_vllm else 1,
         "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),
         "max_completion_length": max(recipe.max_completion_length * 3 // 4, 64),
         "lora_rank": 16 if recipe.lora_rank > 16 else 8,  # vLLM has kernels for 8, 16, 32, 64, ...

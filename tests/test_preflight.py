@@ -106,13 +106,8 @@ def test_unsloth_missing_beside_a_gpu(t4):
 @pytest.mark.parametrize(
     "micro_batch_size, free, card, words",
     [
-        (
-            48,
-            14.7,
-            14.7,
-            r"about \d+\.\d GiB of GPU memory are needed, and there are 14.7: try --gpu_memory_utilization 0.55 or --micro_batch_size 24",
-        ),
-        (6, 9.0, 14.7, r"9.0 of 14.7 are free: end what holds the rest .* or try .* --micro_batch_size 3"),
+        (48, 14.7, 14.7, r"about \d+\.\d GiB of GPU memory are needed, and there are 14.7: try --micro_batch_size 24"),
+        (6, 9.0, 14.7, r"9.0 of 14.7 are free: end what holds the rest .* or try --micro_batch_size 3"),
         (6, 5.0, 5.0, "no room for a KV cache .* raise --gpu_memory_utilization"),
     ],
 )
@@ -267,20 +262,12 @@ def test_memory_grows_with_what_the_advice_lowers():
     def total(**changes):
         return sum(estimate_memory(QWEN_7B, dataclasses.replace(Recipe(), **changes), 14.74).values())
 
-    assert total(gpu_memory_utilization=0.55) < total(micro_batch_size=3) < total()
+    assert total(micro_batch_size=3) < total()
     assert total(max_completion_length=192) < total()
     assert total(lora_rank=8) < total()
     assert total(gradient_checkpointing=False) > total() + 10
     advice = memory_advice(Recipe())
-    assert all(
-        flag in advice
-        for flag in (
-            "--gpu_memory_utilization 0.55",
-            "--micro_batch_size 3",
-            "--max_completion_length 192",
-            "--lora_rank 8",
-        )
-    )
-    lowest = Recipe(gpu_memory_utilization=0.5, micro_batch_size=1, max_completion_length=64, lora_rank=8)
+    assert all(flag in advice for flag in ("--micro_batch_size 3", "--max_completion_length 192", "--lora_rank 8"))
+    lowest = Recipe(micro_batch_size=1, max_completion_length=64, lora_rank=8)
     assert memory_advice(lowest) == "take a smaller --model."
     assert "--gradient_checkpointing true" in memory_advice(Recipe(gradient_checkpointing=False))
