@@ -106,7 +106,7 @@ class Recipe:
     max_steps: int = setting(250, "optimiser steps")
     prompts_per_step: int = setting(8, "questions a step")
     num_generations: int = setting(6, "answers to each question: the group whose mean is the baseline")
-    micro_batch_size: int = setting(6, "answers in one backward pass; lower it when memory runs out")
+    micro_batch_size: int = setting(12, "answers in one backward pass; lower it when memory runs out")
     max_prompt_length: int = setting(256, "tokens; longer questions are dropped")
     max_completion_length: int = setting(256, "tokens; longer answers are cut off")
     temperature: float = setting(0.7, "answers are sampled, and their probabilities trained, at this temperature")
