@@ -6,8 +6,8 @@ ours      train_grpo.py with recipes/t4.yaml
 article   train_grpo.py with recipes/article.yaml; vLLM's model and unsloth's loss compiled, as they are by default
 trl       ours, but the model loaded by transformers and PEFT, and transformers generates: TRL as it comes, QLoRA
 trl_vllm  ours, but the model loaded by transformers and PEFT, and TRL's own colocated vLLM generates
-inductor  ours, but torch.compile is on, and vLLM compiles the model with it, as it does by default
-compiled  ours, but torch.compile is on, and unsloth compiles its loss with it, as it does by default
+inductor  ours, but torch.compile is on: vLLM compiles the model and its ranking of tokens with it, as it does by default
+compiled  ours, but torch.compile is on: unsloth compiles its loss with it, as it does by default, and vLLM its ranking
 
 A variant may bring settings of its own: "ours --prompts_per_step 16".
 --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with

@@ -42,7 +42,7 @@ def test_learning_measures_the_policy_as_it_trains(tmp_path):
 
 def test_training_divides_a_step_into_its_parts(tmp_path):
     settings = "--model tiny --dataset tiny/questions --use_vllm false --load_in_4bit false --optim adamw_torch"
-    settings += " --max_completion_length 32 --prompts_per_step 1"
+    settings += " --max_completion_length 32 --prompts_per_step 1 --micro_batch_size 6"
     figures = tmp_path / "figures.json"
     printed = run("benchmarks.training", "ours", "--no-cold", "--steps", "2", "--json", str(figures), *settings.split())
     assert "compl./s" in printed and "over floor" in printed
