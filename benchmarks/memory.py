@@ -1,6 +1,6 @@
 """The preflight's estimate of GPU memory against what a run takes, over a grid of settings.
 
-    python -m benchmarks.memory --model MODEL --dataset DATASET --grid num_generations=6,8 max_completion_length=128,256 lora_rank=16,32 [--SETTING VALUE ...]
+    python -m benchmarks.memory --model MODEL --dataset DATASET --grid num_generations=6,12 max_completion_length=128,256 lora_rank=16,32 [--SETTING VALUE ...]
 
 Every combination of the grid runs two steps of train_grpo.py (the second has the optimiser's state from its beginning). Settings that only the model's loading
 depends on (lora_rank, vram_gib, gpu_memory_utilization, load_in_4bit) get a process for each of their combinations; the others

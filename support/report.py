@@ -67,13 +67,13 @@ def window_means(history: list[dict], window: int) -> list[float]:
     return [sum(line["reward"] for line in history[i : i + window]) / window for i in range(len(history) - window + 1)]
 
 
-def best_step(history: list[dict], window: int = 10) -> int | None:
+def best_step(history: list[dict], window: int) -> int | None:
     """The last of the `window` steps with the highest mean reward, of several equal ones the latest; None before they are full."""
     steps = (line["step"] for line in history[window - 1 :])
     return max(zip(window_means(history, window), steps, strict=True), default=(0, None))[1]
 
 
-def divergence(history: list[dict], window: int = 10) -> tuple[str, int] | None:
+def divergence(history: list[dict], window: int) -> tuple[str, int] | None:
     """What is wrong after the steps in `history` (lines of metrics.jsonl), and the last step before it; None if nothing is.
 
     A reward has fallen when its mean over `window` steps has halved.

@@ -51,7 +51,7 @@ def history(rewards, loss=0.1, grad_norm=0.1, same=0.0):
     ],
 )
 def test_divergence(lines, found):
-    result = divergence(lines)
+    result = divergence(lines, window=10)
     assert (result is None) == (found is None)
     if found:
         assert found[0] in result[0] and result[1] == found[1]
@@ -59,27 +59,11 @@ def test_divergence(lines, found):
 
 def test_a_few_questions_a_step_are_not_a_policy_that_diverges():
     # article.yaml, one question a step, Qwen2.5-Coder-1.5B-Instruct in NF4: a run that this had ended
-    rewards = [1.44, 0.33, 0.1, 1.94, 2.04, 0.92, 0.98, 0.98, 1.06, 2.54, 1.29, 3.25, 1.94, 1.1, 2.08, 2.25, 2.02, 0.33]
-    rewards += [
-        1.56,
-        2.83,
-        0.6,
-        1.31,
-        1.31,
-        1.15,
-        1.58,
-        1.83,
-        0.08,
-        1.31,
-        1.02,
-        1.71,
-        1.12,
-        0.62,
-        0.69,
-        0.42,
-        1.83,
-        0.44,
-    ]
+    rewards = (
+        "1.44 0.33 0.10 1.94 2.04 0.92 0.98 0.98 1.06 2.54 1.29 3.25 1.94 1.10 2.08 2.25 2.02 0.33 1.56 2.83 0.60 1.31"
+        " 1.31 1.15 1.58 1.83 0.08 1.31 1.02 1.71 1.12 0.62 0.69 0.42 1.83 0.44"
+    )
+    rewards = [float(reward) for reward in rewards.split()]
     assert divergence(history(rewards), window=10)
     for recipe, window in (("article", 40), ("t4", 10)):
         assert Report(load_recipe(f"recipes/{recipe}.yaml"), {}).window == window
