@@ -342,5 +342,6 @@ def draw_reward_curve(out: Path) -> None:
 
 def installed_versions() -> dict[str, str]:
     names = ["torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "vllm", "bitsandbytes"]
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    # of two copies on the path Python imports the first
+    installed = {d.name: d.version for d in reversed(list(importlib.metadata.distributions()))}
     return {"python": platform.python_version()} | {name: installed[name] for name in names if name in installed}

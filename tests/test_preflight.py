@@ -239,6 +239,9 @@ def test_memory_of_the_7b_model():
         (24, 0.6, 16, 2304, 6, 20.58),
         (12, 0.6, 16, 1472, 6, 11.79),
         (14.7, 0.6, 16, 2048, 6, 14.66),
+        (14.7, 0.6, 16, 2112, 6, 14.68),
+        (16, 0.6, 16, 2368, 6, 15.95),
+        (24, 0.6, 16, 3968, 6, 23.94),
     ],
 )
 def test_memory_is_what_was_measured(card, utilization, rank, length, micro_batch_size, measured):

@@ -19,6 +19,7 @@ import infer
 from data import UserError, to_prompt
 from infer import generate
 from rewards import REWARD_FUNCS
+from support.report import installed_versions
 from train_grpo import Recipe, load_recipe, main
 
 TINY = ["train_grpo.py", "--config", "recipes/tiny.yaml"]
@@ -129,6 +130,15 @@ def test_eval_json(short_run):
     assert set(evaluations["before"]) == set(evaluations["after"]) > EVALUATION
     assert evaluations["before"]["n"] == 10
     assert evaluations["versions"]["trl"] == "0.24.0"
+
+
+def test_the_versions_are_of_the_packages_imported(monkeypatch, tmp_path):
+    (tmp_path / "trl-9.9.dist-info").mkdir()  # a second copy of TRL, as on a machine that brings packages of its own
+    (tmp_path / "trl-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 9.9\n")
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path)])
+    assert installed_versions()["trl"] == "0.24.0"
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_versions()["trl"] == "9.9"
 
 
 def test_the_adapter_loads_in_plain_peft_and_changes_the_policy(short_run):
