@@ -45,7 +45,7 @@ from support.preflight import (
 
 if GPU:
     # No torch.compile, in any library: it takes a minute or more before the end of the first step, more on Colab's two
-    # cores, for steps that are no faster. unsloth unrolls its loss for it, unless its own variable is set.
+    # cores, for steps that hardly get faster. unsloth unrolls its loss for it, unless its own variable is set.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     # FlashInfer, which vLLM imports and does not use here, would compile a C++ extension at its first import.
