@@ -1,19 +1,19 @@
 """gsm8k_chinese, or any set with its two columns, as prompts for GRPO.
 
 `load_questions` takes a hub id, a local folder (train.jsonl, test.jsonl, …) or one JSONL, JSON, CSV or Parquet file,
-and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and `answer` (str).
+and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and `answer` (str). `read_questions`
+takes a file of questions that need no answers, for infer.py.
 """
 
 import glob
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.utils.logging import CRITICAL, set_verbosity
 
 from rewards import label_number
+from support.errors import UserError
+from support.screen import say
 
 disable_progress_bars()  # a few thousand rows take a second
 set_verbosity(CRITICAL)  # what cannot be read is said once, by this file
@@ -37,30 +37,6 @@ SYSTEM_PROMPT = """请按照如下格式回答：
 </answer>"""
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-class UserError(Exception):
-    """Something the user can put right. The scripts print it as one line, `error: …`, and exit with status 2."""
-
-
-def fail(message: str) -> None:
-    """Raises UserError(message): what the scripts put in the place of argparse's `parser.error`."""
-    raise UserError(message)
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a UserError becomes one line on stderr and status 2, Ctrl-C status 130."""
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `… | head`: whoever read has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT) -> list[dict[str, str]]:
@@ -113,10 +89,32 @@ def load_questions(
             f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens, the recipe's max_prompt_length: raise it."
         )
     if len(fitting) < len(questions):
-        print(
+        say(
             f"{split}: dropped {len(questions) - len(fitting)} of {len(questions)} questions, longer than {max_prompt_length} tokens"
         )
     return fitting
+
+
+def read_questions(file: str) -> tuple[list[str], list]:
+    """The questions of a JSONL, JSON, CSV, Parquet or text file, and their answers, None where it has no such column."""
+    if not Path(file).is_file():
+        raise UserError(f"there is no file {file}.")
+    rows = load_rows(file, "train")
+    questions = rows[find_column(rows, QUESTION_COLUMNS, file)][:]
+    labels = next((rows[name][:] for name in ANSWER_COLUMNS if name in rows.column_names), [None] * len(questions))
+    if file.endswith(".txt"):
+        questions = [question.strip("\ufeff") for question in questions if question.strip("\ufeff \t")]
+        labels = [None] * len(questions)
+    for number, (question, label) in enumerate(zip(questions, labels, strict=True), start=1):
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"question {number} of {file} is empty or not text: correct or remove it.")
+        if label is not None and label_number(label) is None:
+            raise UserError(
+                f"question {number} of {file} has the answer {label!r}, which is not one number: correct it."
+            )
+    if not questions:
+        raise UserError(f"there is no question in {file}.")
+    return questions, labels
 
 
 def find_column(rows: Dataset, names: list[str], dataset: str) -> str:

@@ -16,29 +16,26 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
 The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation.
 """
 
-import json
-import math
+from support import screen  # before what prints, as every library below does
+
+if __name__ == "__main__":
+    screen.start()
+
 import os
 import shlex
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from support.memory import is_out_of_memory, limit_memory, memory_advice
 from support.preflight import (
-    CUDA_GIB,
-    GIB,
     GPU,
     MODEL_ERRORS,
     check_chat_template,
     check_machine,
     compute_dtype,
-    is_out_of_memory,
-    memory_advice,
     model_error,
     preflight,
 )
@@ -63,105 +60,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import GRPOConfig
 
-from data import HUB_ID, SYSTEM_PROMPT, UserError, load_questions, run_script, train_and_test_splits
-from infer import evaluate, evaluation_table, generate
+from data import load_questions, train_and_test_splits
 from rewards import REWARD_FUNCS
-from support.checkpoints import (
-    check_present,
-    check_same_run,
-    checkpoints,
-    command,
-    find_checkpoint,
-    go_back_to,
-    step_of,
-    write_json,
-    write_recipe,
-)
+from support.checkpoints import find_start, go_back_to, make_folder, write_recipe
+from support.divergence import DivergenceCheck
+from support.engine import engine_arguments
+from support.errors import UserError, run_script
+from support.evaluation import evaluation_table, measure
 from support.report import Report, installed_versions, recording
-from support.settings import parse_settings, setting
+from support.screen import doing, say
+from support.settings import Recipe, parse_recipe
+from support.stopping import Saving
 from support.trainer import Trainer
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-# --- settings ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Recipe:
-    """Every setting of a run. The defaults are for a 14 GB card; recipes/t4.yaml gives their arithmetic."""
-
-    model: str = setting("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "the policy to start from: a hub id or a folder")
-    dataset: str = setting(HUB_ID, "the questions: a hub id, a folder, or a JSONL, CSV or Parquet file")
-    system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
-    output_dir: str = setting("outputs", "where everything that the run writes goes")
-    resume: str = setting(
-        "",
-        "continue from the newest complete checkpoint in output_dir, or from the one named here; auto: from the newest "
-        "if there is one, else from the beginning; not given: a new run",
-        nargs="?",
-        const="newest",
-    )
-
-    max_steps: int = setting(250, "optimiser steps")
-    prompts_per_step: int = setting(8, "questions a step")
-    num_generations: int = setting(6, "answers to each question: the group whose mean is the baseline")
-    micro_batch_size: int = setting(12, "answers in one backward pass; lower it when memory runs out")
-    max_prompt_length: int = setting(256, "tokens; longer questions are dropped")
-    max_completion_length: int = setting(256, "tokens; longer answers are cut off")
-    temperature: float = setting(0.7, "answers are sampled, and their probabilities trained, at this temperature")
-
-    learning_rate: float = setting(
-        2e-5, "the highest of the schedule; a LoRA takes about ten times the rate of full fine-tuning"
-    )
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
-        "cosine", "how the learning rate goes on after the warmup"
-    )
-    warmup_ratio: float = setting(0.05, "share of max_steps in which the learning rate rises from 0")
-    optim: str = setting("adamw_8bit", "a transformers optimiser name; 8 bit saves 6 bytes a LoRA parameter")
-    adam_beta1: float = setting(0.9, "AdamW's running mean of gradients keeps this share of itself at each step")
-    adam_beta2: float = setting(0.99, "the same for their squares: less than 0.999, for a run of a few hundred steps")
-    weight_decay: float = setting(0.0, "AdamW's; it would pull the LoRA back to the base model")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting(
-        "dapo", "what the loss is the mean of; dapo weighs every token of a step alike"
-    )
-    scale_rewards: Literal["group", "batch", "none"] = setting(
-        "group", "advantages are divided by the standard deviation of their group, of all, or not"
-    )
-    beta: float = setting(0.0, "weight of the KL term against the base model; 0 leaves it out")
-    epsilon: float = setting(0.2, "PPO clip range; idle as long as every answer is used once")
-
-    lora_rank: int = setting(16, "LoRA rank; alpha is the same")
-    load_in_4bit: bool = setting(True, "NF4 base weights; needs a GPU")
-    dtype: Literal["auto", "float16", "bfloat16"] = setting(
-        "auto", "auto: bfloat16 from compute capability 8.0, else float16"
-    )
-    use_vllm: bool = setting(True, "generate with vLLM in the same process; needs a GPU")
-    gradient_checkpointing: bool = setting(
-        True, "recompute activations in the backward pass: a third slower, and takes far less memory; on a GPU"
-    )
-    gpu_memory_utilization: float = setting(0.6, "share of the card for vLLM: weights and KV cache")
-    vram_gib: float = setting(0.0, "stay under so many GiB of GPU memory; 0: the whole card")
-
-    eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")
-    save_steps: int = setting(50, "steps between checkpoints")
-    sample_steps: int = setting(10, "steps between the sample answers that are printed")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
-        "none", "where to log besides output_dir; install it first"
-    )
-    seed: int = setting(3407, "for the LoRA weights, the order of the questions and sampling")
-
-
-def load_recipe(config: str | Path | None = None) -> Recipe:
-    """The recipe in the YAML file `config`, or the default one. Raises UserError for a key that is none of Recipe's."""
-    return parse_recipe(["--config", str(config)] if config else [])
-
-
-def parse_recipe(argv: list[str]) -> Recipe:
-    """The recipe from `--config FILE` and flags, which win. Raises UserError for what is unknown or makes no sense."""
-    return parse_settings(Recipe, argv, description=__doc__.split("\n")[0])
 
 
 # --- model -------------------------------------------------------------------------------------------
@@ -173,45 +85,18 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
     `max_num_seqs`: how many completions vLLM generates at once.
     """
     check_machine(recipe)
-    if not GPU:
-        try:
+    try:
+        if not GPU:
             model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
             return model, AutoTokenizer.from_pretrained(recipe.model)
-        except MODEL_ERRORS as error:
-            raise model_error(recipe.model, error) from error
-    if recipe.use_vllm:
-        import vllm.envs
-        import vllm.model_executor.models.registry as registry
-
-        # vLLM looks at the model's class in a process of its own, which imports torch and vllm once more: half a minute
-        registry._run_in_subprocess = lambda look: look()
-        # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
-        # first start, for top-p and top-k sampling that training does not use.
-        vllm.envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"] = lambda: False
-    sequences = math.ceil(max_num_seqs / 8) * 8  # as CUDA graphs come
-    if sequences == 256:  # unsloth's own default, for which it picks fewer by free memory
-        sequences = 264
-    share = recipe.gpu_memory_utilization
-    if recipe.vram_gib:
-        total = torch.cuda.mem_get_info()[1] / GIB
-        cap = min(recipe.vram_gib, total)
-        torch.cuda.set_per_process_memory_fraction((cap - CUDA_GIB) / total)
-        share *= cap / total  # vLLM takes a share of the whole card
-    vllm = {
-        "fast_inference": True,
-        "gpu_memory_utilization": share,
-        "max_lora_rank": recipe.lora_rank,
-        "max_num_seqs": sequences,
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},  # no compiler, but CUDA graphs
-    }
-    try:
+        share = limit_memory(recipe)
         return FastLanguageModel.from_pretrained(
             recipe.model,
             max_seq_length=recipe.max_prompt_length + recipe.max_completion_length,
             load_in_4bit=recipe.load_in_4bit,
             dtype=compute_dtype(recipe),
             random_state=recipe.seed,
-            **(vllm if recipe.use_vllm else {}),
+            **(engine_arguments(recipe, max_num_seqs, share) if recipe.use_vllm else {}),
         )
     except MODEL_ERRORS as error:
         raise model_error(recipe.model, error) from error
@@ -219,19 +104,21 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
 
 def attach_lora(model, recipe: Recipe):
     """A fresh LoRA on all seven linear layers; B is zero, so that the policy starts as the base model."""
+    lora = {
+        "r": recipe.lora_rank,
+        "lora_alpha": recipe.lora_alpha or recipe.lora_rank,
+        "target_modules": LORA_TARGETS,
+    }
     if GPU:
+        checkpointing = "unsloth" if recipe.gradient_checkpointing else False
         return FastLanguageModel.get_peft_model(
-            model,
-            r=recipe.lora_rank,
-            lora_alpha=recipe.lora_rank,
-            target_modules=LORA_TARGETS,
-            use_gradient_checkpointing="unsloth" if recipe.gradient_checkpointing else False,
-            random_state=recipe.seed,
+            model, **lora, use_gradient_checkpointing=checkpointing, random_state=recipe.seed
         )
     torch.manual_seed(recipe.seed)
-    return get_peft_model(
-        model, LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_rank, target_modules=LORA_TARGETS)
-    )
+    return get_peft_model(model, LoraConfig(**lora))
+
+
+# --- training ----------------------------------------------------------------------------------------
 
 
 def training_arguments(recipe: Recipe) -> GRPOConfig:
@@ -277,7 +164,7 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "logging_nan_inf_filter": False,  # a loss that is not a number shall be seen
         "shuffle_dataset": False,  # training_questions has put them in order
         "save_steps": recipe.save_steps,
-        "save_total_limit": 3,
+        "save_total_limit": recipe.save_total_limit,
         "seed": recipe.seed,
     }
     if "max_prompt_length" in GRPOConfig.__dataclass_fields__:  # TRL 0.24 has it, at 512: more than vLLM may hold
@@ -295,9 +182,6 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
     return config
 
 
-# --- the run -----------------------------------------------------------------------------------------
-
-
 def training_questions(questions, recipe: Recipe):
     """The questions of all steps in their order: each epoch shuffled anew.
 
@@ -309,24 +193,14 @@ def training_questions(questions, recipe: Recipe):
     return concatenate_datasets(epochs).select(range(rows))
 
 
+# --- the run -----------------------------------------------------------------------------------------
+
+
 def run(recipe: Recipe) -> None:
-    start = time.perf_counter()
-    out = Path(recipe.output_dir)
-    checkpoint = find_checkpoint(recipe)
-    changed, evaluations = [], {}
-    if checkpoint:
-        changed = check_same_run(recipe, checkpoint)
-        written = out / "eval.json"
-        if written.exists():
-            evaluations = json.loads(written.read_text(encoding="utf-8"))
-        done = "after" in evaluations and (out / "adapter").exists() and checkpoint == checkpoints(out)[0]
-        if done and step_of(checkpoint) >= recipe.max_steps and not changed:
-            print(f"The run in {out} is complete, with {step_of(checkpoint)} steps; --max_steps goes on from there.")
-            print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
-            return
-        if step_of(checkpoint) > recipe.max_steps:
-            raise UserError(f"{checkpoint} is past --max_steps {recipe.max_steps}: give {step_of(checkpoint)} or more.")
-        print(f"resuming    after step {step_of(checkpoint)}, from {checkpoint}")
+    clock, out = time.perf_counter(), Path(recipe.output_dir)
+    start = find_start(recipe)  # a checkpoint of an earlier run, or step 1
+    if start.complete:
+        return say(evaluation_table(start.evaluations))
 
     # Preflight: all that can be known before anything slow.
     check_machine(recipe)
@@ -337,83 +211,71 @@ def run(recipe: Recipe) -> None:
     check_chat_template(tokenizer, recipe.model)
     preflight(recipe, model_config)
     config = training_arguments(recipe)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # that files can be made there, too
-    except FileExistsError as error:
-        raise UserError(f"--output_dir {out} is a file: give a folder.") from error
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}. Give another --output_dir.") from error
+    make_folder(out)
+    screen.log_to(out)
 
     # Data.
     train_split, test_split = train_and_test_splits(recipe.dataset)
     train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     test = test.select(range(min(recipe.eval_samples, len(test))))
-    print(f"questions   {len(train)} to train on, {len(test)} held out")
-    go_back_to(checkpoint, recipe)
+    say(f"questions   {len(train)} to train on, {len(test)} held out")
+    go_back_to(start.checkpoint, recipe)
     write_recipe(recipe)
 
     # Model.
+    doing("loading", recipe.model)
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
     if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
         model.generation_config = GenerationConfig()
     model = attach_lora(model, recipe)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
-    batch = {}
+    rollout = {}  # a step's answers and rewards: `recording` puts them here, and the report writes them to samples.jsonl
     trainer = Trainer(
         model=model,
-        reward_funcs=[recording(func, batch) for func in REWARD_FUNCS],
+        reward_funcs=[recording(func, rollout) for func in REWARD_FUNCS],
         args=config,
         train_dataset=training_questions(train, recipe),
         processing_class=tokenizer,
     )
-    report = Report(recipe, batch)
+    report = Report(recipe, rollout)
+    saving = Saving(recipe, trainer, report)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(report)
+    for callback in (report, DivergenceCheck(recipe, report.metrics), saving):
+        trainer.add_callback(callback)
 
-    def measure(adapter: Path | None) -> dict[str, float]:
-        completions = generate(
-            trainer.model, tokenizer, list(test["prompt"]), recipe.max_completion_length, adapter=adapter
-        )
-        return evaluate(completions, list(test["answer"]))
-
-    with report.saving(trainer):  # what there is, on Ctrl-C, SIGTERM and errors
+    with saving:  # what there is, on Ctrl-C, SIGTERM and errors
         # Evaluation before the first step; a resumed run has it already, unless it is of other questions or lengths.
-        measured = evaluations.get("before", {}).get("n") == len(test)
-        if measured and not {"max_prompt_length", "max_completion_length"} & set(changed):
-            evaluations = {"before": evaluations["before"]}
-        else:
-            evaluations = {"before": measure(None)}
-        print(evaluation_table(evaluations))
-        write_json(out / "eval.json", evaluations)
-        report.evaluations = evaluations
+        before = start.evaluation_before(len(test))
+        if not before:
+            doing("answering", f"{len(test)} held-out questions")
+            before = measure(trainer.model, tokenizer, test, recipe.max_completion_length)
+        say(evaluation_table({"before": before}))
+        saving.write_evaluations(before=before)
 
         # Training.
-        training_start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        training_seconds = time.perf_counter() - training_start
-        if report.stop_signal:
-            print(f"stopped after step {trainer.state.global_step}; the checkpoint is in {checkpoints(out)[0]}")
-            print(f"continue with: {command(recipe, '--resume')}")
-            sys.exit(128 + report.stop_signal)
+        doing("training", f"{recipe.max_steps} steps", total=recipe.max_steps)
+        training_clock = time.perf_counter()
+        trainer.train(resume_from_checkpoint=start.checkpoint)
+        training_seconds = time.perf_counter() - training_clock
+        saving.leave_if_stopped()
         trainer.model.save_pretrained(out / "adapter")
         tokenizer.save_pretrained(out / "adapter")
 
-        # The evaluation through the adapter as it was saved.
-        evaluations |= {
-            "after": measure(out / "adapter"),
-            "gpu": torch.cuda.get_device_name() if GPU else None,
-            "seconds": {"training": round(training_seconds, 1), "total": round(time.perf_counter() - start, 1)},
-            "versions": installed_versions(),
-        }
-        print(f"\n{len(test)} held-out questions, greedy, same prompt and parser before and after:")
-        print(evaluation_table({name: evaluations[name] for name in ("before", "after")}))
-        check_present(out)
-        write_json(out / "eval.json", evaluations)
+        # The evaluation after the last step, through the adapter as it was saved.
+        doing("answering", f"{len(test)} held-out questions")
+        after = measure(trainer.model, tokenizer, test, recipe.max_completion_length, adapter=out / "adapter")
+        say(f"{len(test)} held-out questions, greedy, same prompt and parser before and after:")
+        say(evaluation_table({"before": before, "after": after}))
+        saving.write_evaluations(
+            after=after,
+            gpu=torch.cuda.get_device_name() if GPU else None,
+            seconds={"training": round(training_seconds, 1), "total": round(time.perf_counter() - clock, 1)},
+            versions=installed_versions(),
+        )
     ask = [sys.executable, "infer.py", "--adapter", str(out / "adapter"), test[0]["prompt"][-1]["content"]]
-    print(f"\nThe LoRA is in {out}/adapter. Ask it: {shlex.join(ask)}")
+    say(f"The LoRA is in {out}/adapter. Ask it: {shlex.join(ask)}")
 
 
 def main() -> None:

@@ -23,7 +23,10 @@ def measure(args) -> None:
     import torch
 
     if args.backend == "vLLM":
-        from train_grpo import load_base_model, load_recipe
+        from train_grpo import load_base_model
+
+        # isort: split
+        from support.settings import load_recipe
 
         recipe = load_recipe()
         recipe.model, recipe.load_in_4bit = args.model, False
@@ -35,7 +38,7 @@ def measure(args) -> None:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if args.cuda else torch.float32)
         model, tokenizer = model.to("cuda" if args.cuda else "cpu"), AutoTokenizer.from_pretrained(args.model)
     from data import load_questions, train_and_test_splits
-    from infer import evaluate, generate
+    from support.evaluation import evaluate, generate
 
     questions = load_questions(args.dataset, train_and_test_splits(args.dataset)[1], tokenizer, 256)
     questions = questions.select(range(min(args.limit, len(questions))))

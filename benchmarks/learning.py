@@ -31,7 +31,7 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
     from transformers import TrainerCallback
 
     from data import load_questions, train_and_test_splits
-    from infer import evaluate, generate
+    from support.evaluation import measure as measure_policy
     from support.report import Report
 
     config, *own = shlex.split(config)
@@ -52,15 +52,11 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
             start = time.time()
             adapter = None
             if step:
-                adapter = out / f"measured-{step}"  # a folder each: vLLM would keep the first one's weights
+                adapter = out / f"measured-{step}"
                 self.trainer.model.save_pretrained(adapter)
             model, tokenizer = self.trainer.model, self.trainer.processing_class
-            completions = generate(model, tokenizer, self.test["prompt"][:], eval_length, adapter=adapter)
-            point = {
-                "step": step,
-                "seconds": start - started - measuring,
-                **evaluate(completions, self.test["answer"][:]),
-            }
+            figures = measure_policy(model, tokenizer, self.test, eval_length, adapter=adapter)
+            point = {"step": step, "seconds": start - started - measuring, **figures}
             with (out / "curve.jsonl").open("a") as file:
                 file.write(json.dumps(point) + "\n")
             self.last = time.time()
@@ -84,16 +80,16 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
     def uncounted(*args, **kwargs):
         nonlocal measuring
         start = time.time()
-        completions = generate(*args, **kwargs)
+        figures = measure_policy(*args, **kwargs)
         measuring += time.time() - start
-        return completions
+        return figures
 
     load_base_model = train_grpo.load_base_model
 
     def load(recipe, max_num_seqs):  # article.yaml's six answers at once would take minutes to measure
         return load_base_model(recipe, max(max_num_seqs, 128))
 
-    train_grpo.Trainer, train_grpo.generate, train_grpo.load_base_model = Measured, uncounted, load
+    train_grpo.Trainer, train_grpo.measure, train_grpo.load_base_model = Measured, uncounted, load
     train_grpo.run(recipe)
 
 
@@ -116,7 +112,7 @@ def report(out: Path, recipes: list[str]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    from support.report import COLORS
+    from support.picture import COLORS
 
     runs = {name: sorted(out.glob(f"{name}-*/curve.jsonl")) for name in recipes}
     curves = {name: [read(path) for path in paths] for name, paths in runs.items()}

@@ -35,9 +35,10 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     from transformers import AutoConfig
 
     import support.preflight
-    from data import UserError, load_questions, train_and_test_splits
-    from infer import Completion
-    from support.preflight import GIB, GPU, estimate_memory, is_out_of_memory
+    from data import load_questions, train_and_test_splits
+    from support.errors import UserError
+    from support.memory import GIB, estimate_memory, is_out_of_memory
+    from support.preflight import GPU
     from support.trainer import GRPOTrainer  # TRL's
 
     def parse(point):
@@ -69,7 +70,8 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     train_grpo.load_questions = longest_question
     train_grpo.load_base_model = lambda *args: (base, tokenizer)
     train_grpo.attach_lora = lambda *args: model
-    train_grpo.generate = lambda model, tokenizer, prompts, *args, **kwargs: [Completion("", 1, False)] * len(prompts)
+    figures = dict.fromkeys("strict strict_low strict_high lenient format truncated mean_length".split(), 0.0)
+    train_grpo.measure = lambda *args, **kwargs: {"n": 1, **figures}
     train_grpo.Trainer = GRPOTrainer  # random weights earn nothing: every answer would be skipped
     support.preflight.check_memory = lambda *args: None  # what is estimated too large shall be tried
     config = AutoConfig.from_pretrained(longest.model)

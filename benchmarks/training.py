@@ -54,7 +54,8 @@ CACHES = [
 def measure(variant: str, settings: list[str], started: float, all_answers: bool, json_file: Path) -> None:
     """One variant, in this process: writes what it measured to `json_file`."""
     variant, *own = shlex.split(variant)
-    from support.preflight import GIB, GPU, check_machine, compute_dtype, parameter_counts
+    from support.memory import GIB, limit_memory, parameter_counts
+    from support.preflight import GPU, check_machine, compute_dtype
 
     plain = variant.startswith("trl")
     if plain:  # train_grpo.py then finds TRL as it comes
@@ -89,9 +90,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
 
     def load(recipe, max_num_seqs):
         check_machine(recipe)
-        if recipe.vram_gib:
-            share = (recipe.vram_gib - train_grpo.CUDA_GIB) / (torch.cuda.mem_get_info()[1] / GIB)
-            torch.cuda.set_per_process_memory_fraction(share)
+        limit_memory(recipe)
         model = AutoModelForCausalLM.from_pretrained(
             recipe.model, dtype=compute_dtype(recipe), device_map={"": 0} if GPU else None
         )

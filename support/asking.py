@@ -1,4 +1,4 @@
-"""What infer.py does around the answers: its command line, reading questions, showing and writing answers, continuing a file."""
+"""What infer.py does around the answers: its command line, showing and writing answers, continuing a file of them."""
 
 import argparse
 import contextlib
@@ -12,9 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data import ANSWER_COLUMNS, FILE_TYPES, QUESTION_COLUMNS, UserError, fail, find_column, load_rows
+from data import FILE_TYPES
 from rewards import REWARD_FUNCS, label_number
-from support.figures import is_majority_right, majority, vote
+from support import screen
+from support.errors import UserError, fail
+from support.evaluation import is_majority_right, majority, vote
+from support.screen import say
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -23,6 +26,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = fail
+    parser.print_help = screen.shown(parser.print_help)
     add = parser.add_argument
     add("question", nargs="?", help="the question; without one, questions are read from the terminal or a pipe")
     add("--adapter", type=Path, metavar="DIR", help="a LoRA that train_grpo.py saved; default: none")
@@ -44,6 +48,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the figures of --eval to FILE")
     add("--merge", type=Path, metavar="DIR", help="write the base model with the adapter merged into it, 16-bit")
     add("--gguf", type=Path, metavar="DIR", help="write the same as GGUF, with unsloth's converter")
+    add("--verbose", action="store_true", help="show what the libraries say")
     args = parser.parse_args()
 
     jobs = [name for name in ("question", "input", "eval", "merge", "gguf") if getattr(args, name) is not None]
@@ -93,7 +98,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     return args
 
 
-class Screen:
+class StreamedAnswer:
     """Prints a completion while it arrives, with a heading in the place of each opening tag."""
 
     def __init__(self):
@@ -107,35 +112,13 @@ class Screen:
         for part in re.split(r"\s*(</?(?:reasoning|answer)>)\s*", ready):
             if re.fullmatch(r"</?(reasoning|answer)>", part):
                 heading = "" if part.startswith("</") else f"— {part.strip('<>')}\n"
-                print(("" if self.fresh else "\n") + heading, end="")
+                say(("" if self.fresh else "\n") + heading, end="")
                 self.fresh = True
             elif part := part.lstrip() if self.fresh else part:
-                print(part, end="", flush=True)
+                say(part, end="")
                 self.fresh = False
         if end and not self.fresh:
-            print()
-
-
-def read_questions(file: str) -> tuple[list[str], list]:
-    """The questions of a JSONL, JSON, CSV, Parquet or text file, and their answers, None where it has no such column."""
-    if not Path(file).is_file():
-        raise UserError(f"there is no file {file}.")
-    rows = load_rows(file, "train")
-    questions = rows[find_column(rows, QUESTION_COLUMNS, file)][:]
-    labels = next((rows[name][:] for name in ANSWER_COLUMNS if name in rows.column_names), [None] * len(questions))
-    if file.endswith(".txt"):
-        questions = [question.strip("\ufeff") for question in questions if question.strip("\ufeff \t")]
-        labels = [None] * len(questions)
-    for number, (question, label) in enumerate(zip(questions, labels, strict=True), start=1):
-        if not isinstance(question, str) or not question.strip():
-            raise UserError(f"question {number} of {file} is empty or not text: correct or remove it.")
-        if label is not None and label_number(label) is None:
-            raise UserError(
-                f"question {number} of {file} has the answer {label!r}, which is not one number: correct it."
-            )
-    if not questions:
-        raise UserError(f"there is no question in {file}.")
-    return questions, labels
+            say("")
 
 
 def resume_output(output: Path, questions: list[str], settings: dict) -> int:
@@ -198,11 +181,11 @@ def show(answers: dict[str, list], args: argparse.Namespace) -> None:
         table = Table(*answers, show_lines=True)
         for row in zip(*answers.values(), strict=True):
             table.add_row(*(completion.text for completion in row))
-        Console(markup=False, highlight=False, emoji=False).print(table)
+        Console(file=screen.output(), markup=False, highlight=False, emoji=False).print(table)
     elif args.samples > 1:
         for number, completion in enumerate(*answers.values(), start=1):
-            print(f"[{number}]")
-            Screen().write(completion.text, end=True)
+            say(f"[{number}]")
+            StreamedAnswer().write(completion.text, end=True)
     for name, completions in answers.items():
         texts = [completion.text for completion in completions]
         if args.rewards:
@@ -212,9 +195,9 @@ def show(answers: dict[str, list], args: argparse.Namespace) -> None:
                     f"{key.removesuffix('_reward_func')} {'unknown' if value is None else value}"
                     for key, value in rewards
                 )
-                print(f"{name} {number}: {parts}")
+                say(f"{name} {number}: {parts}")
         if args.samples > 1:
             votes = Counter(vote(majority([text]) or "no answer") for text in texts)
             tally = [(f"{vote:f}" if isinstance(vote, Decimal) else vote, count) for vote, count in votes.most_common()]
-            print(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts)}")
-    print(flush=True)
+            say(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts)}")
+    say("")

@@ -1,7 +1,5 @@
 """The files that a run can be continued from: which of them are whole, and whether they belong to the same run."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -9,15 +7,15 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
-from data import UserError
-
-if TYPE_CHECKING:
-    from train_grpo import Recipe
+from support.errors import UserError
+from support.screen import say
+from support.settings import Recipe
 
 # recipe.yaml shows the system prompt line by line
 yaml.SafeDumper.add_representer(
@@ -26,7 +24,7 @@ yaml.SafeDumper.add_representer(
 )
 
 # A run with another value for one of these is another run, or cannot take over the optimiser's state.
-FIXED = ["model", "dataset", "system_prompt", "seed", "lora_rank", "load_in_4bit"]
+FIXED = ["model", "dataset", "system_prompt", "seed", "lora_rank", "lora_alpha", "load_in_4bit"]
 FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay"]
 
 
@@ -110,7 +108,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
         for checkpoint in found:
             if not (reason := flaw(checkpoint)):
                 return checkpoint
-            print(f"skipped     {checkpoint}: {reason}")
+            say(f"skipped     {checkpoint}: {reason}")
             reasons.add(reason)
         if reasons - {UNFINISHED}:
             raise UserError(
@@ -136,6 +134,54 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
     return out / named.name
 
 
+@dataclass
+class Start:
+    """Where a run begins: after the last step of `checkpoint`, or, without one, at step 1."""
+
+    checkpoint: Path | None = None
+    changed: list[str] = field(default_factory=list)  # settings with other values than the checkpoint's
+    evaluations: dict = field(default_factory=dict)  # eval.json, as far as it was written
+    complete: bool = False  # nothing is left to do
+
+    def evaluation_before(self, n: int) -> dict | None:
+        """The evaluation before step 1, if it was made, on `n` questions and with today's lengths."""
+        before = self.evaluations.get("before")
+        same = not {"max_prompt_length", "max_completion_length"} & set(self.changed)
+        return before if before and before["n"] == n and same else None
+
+
+def find_start(recipe: Recipe) -> Start:
+    """Where `recipe` begins, and what an earlier run of it left. Raises UserError where it cannot begin there."""
+    checkpoint = find_checkpoint(recipe)
+    if not checkpoint:
+        return Start()
+    out, step = Path(recipe.output_dir), step_of(checkpoint)
+    start = Start(checkpoint, check_same_run(recipe, checkpoint))
+    if (out / "eval.json").exists():
+        start.evaluations = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    done = "after" in start.evaluations and (out / "adapter").exists() and checkpoint == checkpoints(out)[0]
+    if done and step >= recipe.max_steps and not start.changed:
+        say(f"The run in {out} is complete, with {step} steps; --max_steps goes on from there.")
+        start.evaluations = {name: start.evaluations[name] for name in ("before", "after")}
+        start.complete = True
+    elif step > recipe.max_steps:
+        raise UserError(f"{checkpoint} is past --max_steps {recipe.max_steps}: give {step} or more.")
+    else:
+        say(f"resuming    after step {step}, from {checkpoint}")
+    return start
+
+
+def make_folder(out: Path) -> None:
+    """Makes the output folder. Raises UserError where it, or a file in it, cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except FileExistsError as error:
+        raise UserError(f"--output_dir {out} is a file: give a folder.") from error
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}. Give another --output_dir.") from error
+
+
 def check_present(out: Path) -> None:
     """Raises FileNotFoundError if the folder of the run has gone away: an empty one in its place would take what follows."""
     if not (out / "recipe.yaml").exists():
@@ -145,16 +191,17 @@ def check_present(out: Path) -> None:
 def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
     """Lists the settings that differ from the checkpoint's. Raises UserError for one that makes it another run."""
     changed = []
-    before = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["recipe"]
+    written = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["recipe"]
+    before = dataclasses.asdict(Recipe()) | written  # a setting that came later had its default
     for name, value in dataclasses.asdict(recipe).items():
-        if name in ("resume", "output_dir") or before.get(name) == value:
+        if name in ("resume", "output_dir") or before[name] == value:
             continue
         if name in FIXED:
             raise UserError(
-                f"{checkpoint} belongs to a run with {name} {before.get(name)!r}, not {value!r}: continue it with that, or "
+                f"{checkpoint} belongs to a run with {name} {before[name]!r}, not {value!r}: continue it with that, or "
                 "start another run with another --output_dir."
             )
-        print(f"changed     {name}: {before.get(name)} before, {value} from here on")
+        say(f"changed     {name}: {before[name]} before, {value} from here on")
         changed.append(name)
     return changed
 
@@ -165,7 +212,7 @@ def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
     step = step_of(checkpoint) if checkpoint else 0
     for later in checkpoints(out):
         if step_of(later) > step:
-            print(f"removed     {later}, which comes after step {step}")
+            say(f"removed     {later}, which comes after step {step}")
             shutil.rmtree(later)
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         if checkpoint:

@@ -1,19 +1,18 @@
-"""Settings of a run from YAML and the command line, and what is wrong with them."""
-
-from __future__ import annotations
+"""Every setting of a run: its type, default and reason; from YAML and the command line; and what is wrong with a value."""
 
 import argparse
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, get_args
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
 import yaml
 from trl import TrlParser
 
-from data import UserError, fail
-
-if TYPE_CHECKING:
-    from train_grpo import Recipe
+from data import HUB_ID, SYSTEM_PROMPT
+from support import screen
+from support.errors import UserError, fail
 
 
 def setting(default, reason: str, **argument):
@@ -21,29 +20,107 @@ def setting(default, reason: str, **argument):
     return dataclasses.field(default=default, metadata={"help": reason, **argument})
 
 
-def parse_settings(recipe_class, argv: list[str], description: str):
-    """A `recipe_class` from `--config FILE` and flags, which win. Raises UserError for what is unknown or makes no sense."""
+@dataclass
+class Recipe:
+    """Every setting of a run. The defaults are for a 14 GB card; recipes/t4.yaml gives their arithmetic."""
+
+    model: str = setting("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "the policy to start from: a hub id or a folder")
+    dataset: str = setting(HUB_ID, "the questions: a hub id, a folder, or a JSONL, CSV or Parquet file")
+    system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
+    output_dir: str = setting("outputs", "where everything that the run writes goes")
+    resume: str = setting(
+        "",
+        "continue from the newest complete checkpoint in output_dir, or from the one named here; auto: from the newest "
+        "if there is one, else from the beginning; not given: a new run",
+        nargs="?",
+        const="newest",
+    )
+
+    max_steps: int = setting(250, "optimiser steps")
+    prompts_per_step: int = setting(8, "questions a step")
+    num_generations: int = setting(6, "answers to each question: the group whose mean is the baseline")
+    micro_batch_size: int = setting(12, "answers in one backward pass; lower it when memory runs out")
+    max_prompt_length: int = setting(256, "tokens; longer questions are dropped")
+    max_completion_length: int = setting(256, "tokens; longer answers are cut off")
+    temperature: float = setting(0.7, "answers are sampled, and their probabilities trained, at this temperature")
+
+    learning_rate: float = setting(
+        2e-5, "the highest of the schedule; a LoRA takes about ten times the rate of full fine-tuning"
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
+        "cosine", "how the learning rate goes on after the warmup"
+    )
+    warmup_ratio: float = setting(0.05, "share of max_steps in which the learning rate rises from 0")
+    optim: str = setting("adamw_8bit", "a transformers optimiser name; 8 bit saves 6 bytes a LoRA parameter")
+    adam_beta1: float = setting(0.9, "AdamW's running mean of gradients keeps this share of itself at each step")
+    adam_beta2: float = setting(0.99, "the same for their squares: less than 0.999, for a run of a few hundred steps")
+    weight_decay: float = setting(0.0, "AdamW's; it would pull the LoRA back to the base model")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting(
+        "dapo", "what the loss is the mean of; dapo weighs every token of a step alike"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "group", "advantages are divided by the standard deviation of their group, of all, or not"
+    )
+    beta: float = setting(0.0, "weight of the KL term against the base model; 0 leaves it out")
+    epsilon: float = setting(0.2, "PPO clip range; idle as long as every answer is used once")
+
+    lora_rank: int = setting(16, "LoRA rank")
+    lora_alpha: int = setting(0, "the LoRA counts alpha / rank times; 0: as much as the rank, so once")
+    load_in_4bit: bool = setting(True, "NF4 base weights; needs a GPU")
+    dtype: Literal["auto", "float16", "bfloat16"] = setting(
+        "auto", "auto: bfloat16 from compute capability 8.0, else float16"
+    )
+    use_vllm: bool = setting(True, "generate with vLLM in the same process; needs a GPU")
+    gradient_checkpointing: bool = setting(
+        True, "recompute activations in the backward pass: a third slower, and takes far less memory; on a GPU"
+    )
+    gpu_memory_utilization: float = setting(0.6, "share of the card for vLLM: weights and KV cache")
+    vram_gib: float = setting(0.0, "stay under so many GiB of GPU memory; 0: the whole card")
+
+    eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")
+    save_steps: int = setting(50, "steps between checkpoints")
+    save_total_limit: int = setting(3, "checkpoints that are kept, the newest ones")
+    sample_steps: int = setting(10, "steps between the sample answers that are printed")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "none", "where to log besides output_dir; install it first"
+    )
+    seed: int = setting(3407, "for the LoRA weights, the order of the questions and sampling")
+
+
+def load_recipe(config: str | Path | None = None) -> Recipe:
+    """The recipe in the YAML file `config`, or the default one. Raises UserError for a key that is none of Recipe's."""
+    return parse_recipe(["--config", str(config)] if config else [])
+
+
+def parse_recipe(argv: list[str]) -> Recipe:
+    """The recipe from `--config FILE` and flags, which win. Raises UserError for what is unknown or makes no sense."""
     parser = TrlParser(
-        recipe_class,
-        usage="python train_grpo.py [--config FILE] [--SETTING VALUE ...]",
-        description=description,
+        Recipe,
+        usage="python train_grpo.py [--config FILE] [--verbose] [--SETTING VALUE ...]",
+        description="GRPO on one GPU: Qwen2.5-7B-Instruct learns to reason in Chinese, from questions and final answers alone.",
         epilog="--config FILE reads settings from a YAML file; flags win over it. Presets: recipes/*.yaml.",
         allow_abbrev=False,
     )
     parser.error = fail
+    parser.print_help = screen.shown(parser.print_help)
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what the libraries say, instead of writing it to a file"
+    )
     for action in parser._actions:  # --no_use_vllm and its like would repeat the help text of what they negate
         if action.dest.startswith("no_") or any(name.startswith("--no_") for name in action.option_strings):
             action.help = argparse.SUPPRESS
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     try:
-        recipe, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        recipe, _, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except OSError as error:
         raise UserError(f"cannot read the recipe {error.filename}: {error.strerror}.") from error
     except (yaml.YAMLError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{' '.join(argv)}: this is not a YAML file of `setting: value` lines ({reason}).") from error
     if unknown:
-        names = [f.name for f in dataclasses.fields(recipe_class)]
+        names = [f.name for f in dataclasses.fields(Recipe)]
         if not unknown[0].startswith("--"):
             raise UserError(f"settings are given as --SETTING VALUE; {unknown[0]} is neither. --help lists them all.")
         name = unknown[0].lstrip("-").split("=")[0]
@@ -65,10 +142,18 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{f.name} is {value!r}: choose from {', '.join(get_args(f.type))}.")
     least = dict.fromkeys(
         ["max_steps", "prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "lora_rank"]
-        + ["eval_samples", "save_steps", "sample_steps"],
+        + ["eval_samples", "save_steps", "save_total_limit", "sample_steps"],
         1,
     )
-    least |= {"num_generations": 2, "beta": 0, "epsilon": 0, "weight_decay": 0, "vram_gib": 0, "seed": 0}
+    least |= {
+        "num_generations": 2,
+        "beta": 0,
+        "epsilon": 0,
+        "weight_decay": 0,
+        "vram_gib": 0,
+        "seed": 0,
+        "lora_alpha": 0,
+    }
     for name, low in least.items():
         if not getattr(recipe, name) >= low:
             raise UserError(f"--{name} {getattr(recipe, name)} is too small: give {low} or more.")

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer, faster, with the same gradient."""
+"""TRL's GRPOTrainer, faster, with the same gradient, and with the learning rate that the recipe says."""
 
 import torch
 from trl import GRPOTrainer
@@ -41,3 +41,15 @@ class Trainer(GRPOTrainer):
         if self.beta == 0 and not inputs["advantages"].any():
             return 0 * sum(weights.sum() for weights in model.parameters() if weights.requires_grad)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """A resumed run takes its rate from the recipe, which may have changed, and not from the checkpoint.
+
+        The schedules themselves are those of transformers, by `lr_scheduler_type` in the training arguments.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler, rate = self.lr_scheduler, self.args.learning_rate
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged

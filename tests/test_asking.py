@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from data import UserError, to_prompt
-from infer import generate, main
+from data import to_prompt
+from infer import main
 from support.adapters import check_adapter
-from train_grpo import attach_lora, load_recipe
+from support.errors import UserError
+from support.evaluation import generate
+from support.settings import load_recipe
+from train_grpo import attach_lora
 
 QUESTION = "乐乐每小时折11只纸鹤，小刚每小时折20只，两人一起折3小时，共折多少只？"
 
@@ -231,9 +234,13 @@ def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
     check_adapter(adapter, "tiny")
 
 
-def test_nothing_that_unsloth_patches_is_imported_before_it():
-    code = "import sys, infer; print([name for name in ('transformers', 'peft', 'trl') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+@pytest.mark.parametrize("script", ["train_grpo", "infer"])
+def test_nothing_that_unsloth_patches_is_imported_before_it(script, tmp_path):
+    """On a machine with a card: unsloth says what it finds."""
+    found = "import sys; sys.exit(str([name for name in ('transformers', 'peft', 'trl') if name in sys.modules]))"
+    (tmp_path / "unsloth.py").write_text(found)
+    code = f"import sys, torch; sys.path.append({str(tmp_path)!r}); torch.cuda.is_available = lambda: True; import {script}"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == "[]"
 
 
 def test_a_reader_that_leaves_early_is_no_error():

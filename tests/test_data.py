@@ -6,7 +6,8 @@ import pandas
 import pytest
 from transformers import AutoTokenizer
 
-from data import SYSTEM_PROMPT, UserError, load_questions, train_and_test_splits
+from data import SYSTEM_PROMPT, load_questions, train_and_test_splits
+from support.errors import UserError
 
 GOOD = {"question_zh-cn": "1加1等于几？", "answer_only": 2}
 

@@ -16,14 +16,15 @@ import pytest
 import torch
 from test_runs import SHORT, TINY, in_process, jsonl, one_line
 
+import support.evaluation
 import support.report
 import train_grpo
-from data import UserError
-from infer import Completion
 from support import preflight
 from support.checkpoints import flaw
-from support.report import Report, divergence
-from train_grpo import load_recipe
+from support.divergence import DivergenceCheck, divergence
+from support.errors import UserError
+from support.evaluation import Completion
+from support.settings import load_recipe
 
 # --- a policy that diverges --------------------------------------------------------------------------
 
@@ -66,7 +67,7 @@ def test_a_few_questions_a_step_are_not_a_policy_that_diverges():
     rewards = [float(reward) for reward in rewards.split()]
     assert divergence(history(rewards), window=10)
     for recipe, window in (("article", 40), ("t4", 10)):
-        assert Report(load_recipe(f"recipes/{recipe}.yaml"), {}).window == window
+        assert DivergenceCheck(load_recipe(f"recipes/{recipe}.yaml"), []).window == window
     assert not divergence(history(rewards), window=40)
     assert divergence(history([2.0] * 40 + [0.5] * 40), window=40)[1] == 40
 
@@ -99,7 +100,7 @@ def test_a_folder_that_goes_away(monkeypatch, tmp_path, left_behind):
         out.parent.rename(tmp_path / "gone")
         left_behind(out.parent)
 
-    monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))  # rescued-… goes here
+    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "stopping.py"))  # rescued-… goes here
     thread = threading.Thread(target=unmount)
     thread.start()
     with pytest.raises(UserError, match="cannot write to .* any more .* Continue with: ") as error:
@@ -120,7 +121,7 @@ def test_a_folder_that_goes_away(monkeypatch, tmp_path, left_behind):
 
 def test_a_folder_that_goes_away_in_the_last_evaluation(monkeypatch, tmp_path, capsys):
     out = tmp_path / "drive" / "out"
-    generate = train_grpo.generate
+    generate = support.evaluation.generate
 
     def unmount_and_generate(*arguments, adapter, **options):
         if adapter:
@@ -128,8 +129,8 @@ def test_a_folder_that_goes_away_in_the_last_evaluation(monkeypatch, tmp_path, c
             out.mkdir(parents=True)
         return generate(*arguments, adapter=adapter, **options)
 
-    monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))
-    monkeypatch.setattr(train_grpo, "generate", unmount_and_generate)
+    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "report.py"))
+    monkeypatch.setattr(support.evaluation, "generate", unmount_and_generate)
     with pytest.raises(UserError, match="cannot write to .* any more .*checkpoint of step 2 .*Continue with: "):
         in_process(monkeypatch, "--max_steps", 2, "--output_dir", out)
     assert "\nafter " in capsys.readouterr().out  # what took hours is at least said
@@ -191,7 +192,7 @@ def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, wo
             os.kill(os.getpid(), signum)
         return [Completion("", 1, False)] * 10
 
-    monkeypatch.setattr(train_grpo, "generate", interrupted)
+    monkeypatch.setattr(support.evaluation, "generate", interrupted)
     before = signal.getsignal(signum)
     with pytest.raises(SystemExit) as end:
         in_process(monkeypatch, "--max_steps", 2, "--output_dir", tmp_path / "out")
@@ -222,16 +223,6 @@ def test_a_second_signal_does_not_wait(monkeypatch, tmp_path, capsys):
     assert [line["step"] for line in jsonl(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_line_that_nobody_reads_ends_the_run_after_its_step(tmp_path):
-    report = Report(load_recipe("recipes/tiny.yaml"), {})
-
-    def write(text):
-        raise BrokenPipeError
-
-    report.show(write, "a line")
-    assert report.stop_signal == signal.SIGPIPE
-
-
 def test_when_nobody_reads_the_output_any_more(tmp_path):
     """The run ends with a checkpoint of its last step, and no step is missing from its files."""
     command = [sys.executable, *TINY, *SHORT, "--max_steps", "200", "--output_dir", tmp_path / "out"]
@@ -247,7 +238,7 @@ def test_when_nobody_reads_the_output_any_more(tmp_path):
 
 
 def test_the_last_good_checkpoint_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr("support.report.best_step", lambda history, window: 3)
+    monkeypatch.setattr("support.divergence.best_step", lambda history, window: 3)
     in_process(monkeypatch, "--max_steps", 10, "--save_steps", 2, "--output_dir", tmp_path / "out")
     kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert kept == {"checkpoint-2", "checkpoint-8", "checkpoint-10"}
@@ -255,7 +246,7 @@ def test_the_last_good_checkpoint_is_kept(monkeypatch, tmp_path):
 
 def test_a_disk_that_is_full(monkeypatch, tmp_path):
     """A limit on the size of files: checkpoints cannot be written, here or elsewhere."""
-    monkeypatch.setattr("support.report.__file__", str(tmp_path / "support" / "report.py"))
+    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "report.py"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:

@@ -7,14 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import UserError
-from infer import (
-    Completion,
-    evaluate,
-    evaluation_table,
-)
-from support.asking import Screen, read_questions, resume_output
-from support.figures import majority, mcnemar, pass_at_k
+from data import read_questions
+from support.asking import StreamedAnswer, resume_output
+from support.errors import UserError
+from support.evaluation import Completion, evaluate, evaluation_table, majority, mcnemar, pass_at_k
 
 PERFECT = "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n2\n</answer>"
 
@@ -134,7 +130,7 @@ def test_the_screen_shows_the_same_however_the_text_is_cut(text, shown, capsys):
     cuts = itertools.chain([()], ((i,) for i in range(len(text))), [range(1, len(text))])
     for cut in cuts:
         edges = [0, *cut, len(text)]
-        screen = Screen()
+        screen = StreamedAnswer()
         for start, end in itertools.pairwise(edges):
             screen.write(text[start:end])
         screen.write("", end=True)

@@ -13,19 +13,11 @@ from test_runs import in_process, one_line
 from transformers import GPT2Config
 
 import infer
-from data import UserError
 from support import preflight
-from support.preflight import (
-    check_disk,
-    check_disk_for_model,
-    check_machine,
-    check_memory,
-    estimate_memory,
-    is_out_of_memory,
-    memory_advice,
-    model_error,
-)
-from train_grpo import Recipe, load_recipe
+from support.errors import UserError
+from support.memory import check_memory, estimate_memory, is_out_of_memory, memory_advice
+from support.preflight import check_disk, check_disk_for_model, check_machine, model_error
+from support.settings import Recipe, load_recipe
 
 # Qwen2.5-7B's config.json
 QWEN_7B = SimpleNamespace(

@@ -13,10 +13,18 @@ import torch
 from safetensors.torch import load_file
 from test_runs import SHORT, TINY, in_process, jsonl
 
-import train_grpo
-from data import UserError
-from support.checkpoints import checkpoints, command, flaw, go_back_to, read_json_lines, write_json_lines
-from train_grpo import load_recipe, training_questions
+from support.checkpoints import (
+    checkpoints,
+    command,
+    find_checkpoint,
+    flaw,
+    go_back_to,
+    read_json_lines,
+    write_json_lines,
+)
+from support.errors import UserError
+from support.settings import load_recipe
+from train_grpo import training_questions
 
 STEPS, EVERY = 12, 3
 LENGTH = ["--max_steps", str(STEPS), "--save_steps", str(EVERY)]
@@ -134,13 +142,13 @@ def test_auto_does_not_begin_anew_over_what_a_run_left(half, reference, monkeypa
     (half / "checkpoint-3").mkdir()
     recipe = load_recipe(half / "recipe.yaml")
     recipe.output_dir, recipe.resume = str(half), "auto"
-    assert train_grpo.find_checkpoint(recipe) is None
+    assert find_checkpoint(recipe) is None
 
 
 def test_a_checkpoint_by_its_name_in_the_folder(half):
     recipe = load_recipe(half / "recipe.yaml")
     recipe.output_dir, recipe.resume = str(half), "checkpoint-6"
-    assert train_grpo.find_checkpoint(recipe) == half / "checkpoint-6"
+    assert find_checkpoint(recipe) == half / "checkpoint-6"
 
 
 def test_fewer_steps_than_the_checkpoint_has(half, monkeypatch):
@@ -193,11 +201,11 @@ def test_a_damaged_checkpoint_is_skipped(half, monkeypatch, capsys, damage, word
     damage(half / "checkpoint-9")
     recipe = load_recipe(half / "recipe.yaml")
     recipe.output_dir, recipe.resume = str(half), "newest"
-    assert train_grpo.find_checkpoint(recipe) == half / "checkpoint-6"
+    assert find_checkpoint(recipe) == half / "checkpoint-6"
     assert f"skipped     {half}/checkpoint-9: {words}" in capsys.readouterr().out
     recipe.resume = str(half / "checkpoint-9")
     with pytest.raises(UserError, match=f"cannot be continued from: {words}"):
-        train_grpo.find_checkpoint(recipe)
+        find_checkpoint(recipe)
 
 
 def test_the_run_from_before_the_damaged_checkpoint_is_the_same(half, reference, monkeypatch, capsys):

@@ -16,11 +16,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import infer
-from data import UserError, to_prompt
-from infer import generate
+from data import to_prompt
 from rewards import REWARD_FUNCS
+from support.errors import UserError
+from support.evaluation import generate
 from support.report import installed_versions
-from train_grpo import Recipe, load_recipe, main
+from support.settings import Recipe, load_recipe
+from train_grpo import main
 
 TINY = ["train_grpo.py", "--config", "recipes/tiny.yaml"]
 SHORT = ["--prompts_per_step", "2", "--num_generations", "4", "--micro_batch_size", "4", "--eval_samples", "10"]

@@ -12,18 +12,13 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from data import UserError, load_questions
+from data import load_questions
 from rewards import REWARD_FUNCS, correctness_reward_func
+from support.errors import UserError
 from support.report import recording
+from support.settings import Recipe, load_recipe, parse_recipe
 from support.trainer import Trainer
-from train_grpo import (
-    Recipe,
-    attach_lora,
-    load_recipe,
-    parse_recipe,
-    training_arguments,
-    training_questions,
-)
+from train_grpo import attach_lora, training_arguments, training_questions
 
 # --- settings ------------------------------------------------------------------------------------
 

@@ -1,0 +1,34 @@
+"""Errors that a user can put right, and how a script ends on them."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from support import screen
+
+
+class UserError(Exception):
+    """Something the user can put right. The scripts print it as one line, `error: …`, and exit with status 2."""
+
+
+def fail(message: str) -> None:
+    """Raises UserError(message): what the scripts put in the place of argparse's `parser.error`."""
+    raise UserError(message)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a UserError becomes one line on stderr and status 2, Ctrl-C status 130.
+
+    Where a library's exception is behind a UserError, the last lines of the log follow under it.
+    """
+    try:
+        main()
+        screen.output().flush()
+    except BrokenPipeError:  # `… | head`: whoever read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), screen.output().fileno())
+        sys.exit(141)
+    except UserError as error:
+        screen.fail(str(error), show_log=error.__cause__ is not None)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,128 @@
+"""GPU memory: the estimate of what a run takes, whether that fits, and what to lower where it does not.
+
+Like preflight.py it imports nothing that unsloth patches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from support.errors import UserError
+
+if TYPE_CHECKING:
+    from support.settings import Recipe
+
+GIB = 2**30
+CUDA_GIB = 0.85  # the CUDA context and library workspaces, outside PyTorch's allocator: 0.83 on an H200
+BUFFERS_GIB = 0.6  # unpacked NF4 weights, blocks that PyTorch keeps: the rest of what benchmarks/memory.py measured
+
+
+def parameter_counts(config, lora_rank: int) -> tuple[int, int, int]:
+    """Parameters of the LoRA, of the linear layers, and of the embeddings, from a config of the Llama or Qwen2 shape."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    shapes = [
+        (hidden, hidden),
+        (hidden, kv),
+        (hidden, kv),
+        (hidden, hidden),
+        (hidden, mlp),
+        (hidden, mlp),
+        (mlp, hidden),
+    ]
+    lora = config.num_hidden_layers * lora_rank * sum(rows + columns for rows, columns in shapes)
+    linear = config.num_hidden_layers * sum(rows * columns for rows, columns in shapes)
+    return lora, linear, config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+
+
+def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]:
+    """Estimated peak GPU memory in GiB, part by part, from a transformers config of the Llama or Qwen2 shape.
+
+    With vLLM the weights and the KV cache lie in vLLM's share of the card; without it they count by themselves.
+    NF4 with double quantisation takes 4.127 bits a weight (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+    """
+    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lora, linear, embeddings = parameter_counts(config, recipe.lora_rank)
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    sequence = recipe.max_prompt_length + recipe.max_completion_length
+    completions = recipe.prompts_per_step * recipe.num_generations
+
+    weights = linear * (4.127 / 8 if recipe.load_in_4bit else 2) + embeddings * 2
+    kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
+    optimizer = 2 if "8bit" in recipe.optim else 8
+    tokens = recipe.micro_batch_size * sequence
+    # unsloth computes the logits again in the backward pass, a quarter of an answer at a time; six float32 arrays of their
+    # size are there at once, among them the logits, their logarithms, the probabilities and the gradients.
+    logits = sequence / 4 * config.vocab_size * 4 * 6
+    if recipe.gradient_checkpointing:
+        # Every layer keeps its input. Then come the logits, and when they are gone, four activations of one MLP at a time.
+        activations = 2 * tokens * layers * hidden + max(logits, 2 * tokens * 4 * mlp)
+    else:
+        activations = 2 * tokens * layers * (6 * hidden + 2 * kv + 3 * mlp) + logits
+    parts = {
+        "weights": weights,
+        "KV cache": kv_cache,
+        "LoRA and optimiser": lora * (4 + 4 + 2 + optimizer),  # float32 weights and gradients, vLLM's 16-bit copy
+        "activations and logits": activations,
+        "CUDA and buffers": (CUDA_GIB + BUFFERS_GIB) * GIB,
+    }
+    parts = {name: size / GIB for name, size in parts.items()}
+    if recipe.use_vllm:  # vLLM takes its whole share at once; 0.7 GiB of it are its own activations and CUDA graphs
+        parts["KV cache"] = recipe.gpu_memory_utilization * card_gib - parts["weights"] - 0.7
+    return parts
+
+
+def check_memory(parts: dict[str, float], recipe: Recipe, free: float, card: float) -> None:
+    """Raises UserError where the estimated GiB do not fit into the `free` ones of a card (or cap) of `card` GiB."""
+    needed = sum(parts.values())
+    if recipe.use_vllm and parts["KV cache"] <= 0:
+        raise UserError(
+            f"vLLM's share of {recipe.gpu_memory_utilization:.0%} of {card:.1f} GiB has no room for a KV cache beside "
+            f"{parts['weights']:.1f} GiB of weights: raise --gpu_memory_utilization or take a smaller --model."
+        )
+    if needed > card:
+        raise UserError(
+            f"about {needed:.1f} GiB of GPU memory are needed, and there are {card:.1f}: {memory_advice(recipe)}"
+        )
+    if needed > free:
+        raise UserError(
+            f"about {needed:.1f} GiB of GPU memory are needed and {free:.1f} of {card:.1f} are free: end what holds the "
+            f"rest (nvidia-smi lists it), or {memory_advice(recipe)}"
+        )
+
+
+def limit_memory(recipe: Recipe) -> float:
+    """Holds this process to `vram_gib`, if that is given. Returns vLLM's share of the whole card."""
+    if not recipe.vram_gib:
+        return recipe.gpu_memory_utilization
+    total = torch.cuda.mem_get_info()[1] / GIB
+    cap = min(recipe.vram_gib, total)
+    torch.cuda.set_per_process_memory_fraction((cap - CUDA_GIB) / total)
+    return recipe.gpu_memory_utilization * cap / total
+
+
+def memory_advice(recipe: Recipe, resumed: bool = False) -> str:
+    """Flags that save memory in training, with values, less those that are as low as they go, or that a resumed run keeps.
+
+    Not vLLM's share: it may be too large for training or too small for vLLM, and an error does not tell which.
+    """
+    completions = recipe.prompts_per_step * recipe.num_generations
+    lower = {
+        "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),
+        "max_completion_length": max(recipe.max_completion_length * 3 // 4, 64),
+        "lora_rank": 16 if recipe.lora_rank > 16 else 8,  # vLLM has kernels for 8, 16, 32, 64, ...
+    }
+    if resumed or recipe.resume:
+        del lower["lora_rank"]
+    flags = [] if recipe.gradient_checkpointing else ["--gradient_checkpointing true"]
+    flags += [f"--{name} {value}" for name, value in lower.items() if value < getattr(recipe, name)]
+    return f"try {' or '.join(flags)}." if flags else "take a smaller --model."
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU. unsloth wraps vLLM's error into one of its own."""
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in str(error).lower() or "memory for the cache" in str(error)
+    )
