@@ -1,0 +1,66 @@
+"""Imports run one way: rewards ← data, support ← train_grpo ← infer ← benchmarks; and no file is in a circle."""
+
+import ast
+import graphlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RANKS = {"rewards": 0, "data": 1, "support": 1, "train_grpo": 2, "infer": 3, "benchmarks": 4}
+
+
+def imports(root: Path) -> dict[str, set[str]]:
+    """The modules of the project, by dotted name, and which of the others each imports: anywhere in it, also for types."""
+    files = [file for name in RANKS for file in (root / f"{name}.py", *(root / name).glob("*.py")) if file.is_file()]
+    modules = {".".join(file.relative_to(root).with_suffix("").parts): file for file in files}
+    found = {}
+    for module, file in modules.items():
+        names = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{module} has a relative import: give the module's whole name"
+                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        found[module] = {name for name in names if name in modules}
+    return found
+
+
+def check(root: Path) -> None:
+    found = imports(root)
+    for module, names in found.items():
+        for name in names:
+            ranks = [RANKS[dotted.split(".")[0]] for dotted in (name, module)]
+            assert ranks[0] <= ranks[1], f"{module} imports {name}"
+    assert list(graphlib.TopologicalSorter(found).static_order())  # raises CycleError
+
+
+def test_imports_run_one_way():
+    found = imports(ROOT)
+    assert "support.settings" in found["train_grpo"] and "train_grpo" in found["infer"]
+    check(ROOT)
+
+
+@pytest.mark.parametrize(
+    "file, line, error",
+    [
+        ("support/report.py", "def late():\n    from train_grpo import run", AssertionError),
+        ("support/memory.py", "if TYPE_CHECKING:\n    import infer", AssertionError),
+        ("rewards.py", "from data import to_prompt", AssertionError),
+        ("support/settings.py", "from support import trainer, report", graphlib.CycleError),
+        ("support/errors.py", "import data", graphlib.CycleError),
+    ],
+)
+def test_an_arrow_that_runs_back_is_found(tmp_path, file, line, error):
+    for name in RANKS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / f"{name}.py", tmp_path)
+    check(tmp_path)
+    with (tmp_path / file).open("a") as text:
+        text.write(f"\n{line}\n")
+    with pytest.raises(error):
+        check(tmp_path)
