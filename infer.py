@@ -194,6 +194,7 @@ def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
     questions = load_questions(dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     questions = questions.select(range(min(args.limit or len(questions), len(questions))))
     labels = questions["answer"][:]
+    doing("answering", f"{len(labels)} questions")
     results, right = {}, {}
     for name, adapter in policies.items():
         completions = answer(questions["prompt"][:], adapter)

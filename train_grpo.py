@@ -215,6 +215,7 @@ def run(recipe: Recipe) -> None:
     screen.log_to(out)
 
     # Data.
+    doing("reading", recipe.dataset)
     train_split, test_split = train_and_test_splits(recipe.dataset)
     train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 RANKS = {"rewards": 0, "data": 1, "support": 1, "train_grpo": 2, "infer": 3, "benchmarks": 4}
@@ -64,3 +66,16 @@ def test_an_arrow_that_runs_back_is_found(tmp_path, file, line, error):
         text.write(f"\n{line}\n")
     with pytest.raises(error):
         check(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_is_pinned_for_every_python_that_may_run_it(version):
+    """pip skips a constraint whose marker does not hold, without a word."""
+    python = {"python_version": version, "python_full_version": f"{version}.0"}
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:80]]
+    pinned = [canonicalize_name(pin.name) for pin in pins if pin.marker is None or pin.marker.evaluate(python)]
+    assert len(pinned) == len(set(pinned)) > 200
+    for file in ("requirements.txt", "requirements-cpu.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            if line[0] not in "#-":
+                assert canonicalize_name(Requirement(line.partition("#")[0]).name) in pinned

@@ -89,6 +89,20 @@ def test_what_is_said(short_run):
     assert "before " in text and "after " in text
 
 
+def test_the_screen_is_the_recipes_own(short_run):
+    """A line a step, nothing of the libraries, no bars, no empty lines; and the log's place before the first step."""
+    out, text = short_run
+    lines = text.splitlines()
+    assert "\r" not in text and all(line.strip() for line in lines)
+    first = next(i for i, line in enumerate(lines) if line.startswith("step   1  "))
+    assert first <= 15
+    assert f"log         {out}/libraries.log has what the libraries say; --verbose shows it here" in lines[:first]
+    assert (out / "libraries.log").exists() and "tokenizer" not in text
+    known = "importing machine numbers step run log reading questions loading answering strict before training after The expected"
+    ours = [line for line in lines if not line.startswith("    ") or "strict" in line]
+    assert {line.split()[0] for line in ours} <= {*known.split(), "10"}
+
+
 def test_metrics(short_run):
     out, _ = short_run
     metrics = jsonl(out / "metrics.jsonl")
