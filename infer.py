@@ -37,7 +37,6 @@ from support.adapters import add_adapter, check_adapter, recipe_of
 from support.asking import StreamedAnswer, parse_arguments, resume_output, show, to_record
 from support.errors import UserError, run_script
 from support.evaluation import Completion, evaluate, evaluation_table, generate, is_majority_right, mcnemar
-from support.preflight import check_chat_template
 from support.screen import doing, note, say
 from support.settings import load_recipe
 
@@ -84,7 +83,6 @@ def main() -> None:
 
     doing("loading", recipe.model)
     model, tokenizer = load_base_model(recipe, max_num_seqs=128)
-    check_chat_template(tokenizer, recipe.model)
     if args.adapter and not hasattr(model, "vllm_engine"):
         model = add_adapter(model, args.adapter)
     policies = {"base": None} if args.compare or not args.adapter else {}

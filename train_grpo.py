@@ -33,11 +33,11 @@ from support.memory import is_out_of_memory, limit_memory, memory_advice
 from support.preflight import (
     GPU,
     MODEL_ERRORS,
-    check_chat_template,
     check_machine,
     compute_dtype,
     model_error,
     preflight,
+    prepare_tokenizer,
 )
 
 if GPU:
@@ -62,9 +62,9 @@ from trl import GRPOConfig
 
 from data import load_questions, train_and_test_splits
 from rewards import REWARD_FUNCS
-from support.checkpoints import find_start, go_back_to, make_folder, write_recipe
+from support.checkpoints import find_start, hold
 from support.divergence import DivergenceCheck
-from support.engine import engine_arguments
+from support.engine import engine_arguments, own_lora_folder
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.report import Report, installed_versions, recording
@@ -88,18 +88,20 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
     try:
         if not GPU:
             model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
-            return model, AutoTokenizer.from_pretrained(recipe.model)
-        share = limit_memory(recipe)
-        return FastLanguageModel.from_pretrained(
-            recipe.model,
-            max_seq_length=recipe.max_prompt_length + recipe.max_completion_length,
-            load_in_4bit=recipe.load_in_4bit,
-            dtype=compute_dtype(recipe),
-            random_state=recipe.seed,
-            **(engine_arguments(recipe, max_num_seqs, share) if recipe.use_vllm else {}),
-        )
+            tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        else:
+            share = limit_memory(recipe)
+            model, tokenizer = FastLanguageModel.from_pretrained(
+                recipe.model,
+                max_seq_length=recipe.max_prompt_length + recipe.max_completion_length,
+                load_in_4bit=recipe.load_in_4bit,
+                dtype=compute_dtype(recipe),
+                random_state=recipe.seed,
+                **(engine_arguments(recipe, max_num_seqs, share) if recipe.use_vllm else {}),
+            )
     except MODEL_ERRORS as error:
         raise model_error(recipe.model, error) from error
+    return model, prepare_tokenizer(tokenizer, recipe.model)
 
 
 def attach_lora(model, recipe: Recipe):
@@ -111,9 +113,10 @@ def attach_lora(model, recipe: Recipe):
     }
     if GPU:
         checkpointing = "unsloth" if recipe.gradient_checkpointing else False
-        return FastLanguageModel.get_peft_model(
+        model = FastLanguageModel.get_peft_model(
             model, **lora, use_gradient_checkpointing=checkpointing, random_state=recipe.seed
         )
+        return own_lora_folder(model) if recipe.use_vllm else model
     torch.manual_seed(recipe.seed)
     return get_peft_model(model, LoraConfig(**lora))
 
@@ -182,15 +185,19 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
     return config
 
 
-def training_questions(questions, recipe: Recipe):
+def training_questions(questions, recipe: Recipe, step: int = 0, used: int = 0):
     """The questions of all steps in their order: each epoch shuffled anew.
 
     TRL's own sampler would shuffle too, but a resumed run would start its first order over again after the first epoch.
+    A run that goes on after `step` passes over the places of the steps before: behind them it goes on after the `used`
+    questions, which are more or fewer where those steps had another number of prompts.
     """
-    rows, epochs = recipe.max_steps * recipe.prompts_per_step, []
-    while sum(map(len, epochs)) < rows:
+    passed = step * recipe.prompts_per_step
+    places = [*range(passed), *range(used, used + recipe.max_steps * recipe.prompts_per_step - passed)]
+    epochs = []
+    while sum(map(len, epochs)) <= max(places):
         epochs.append(questions.shuffle(seed=recipe.seed + len(epochs)))
-    return concatenate_datasets(epochs).select(range(rows))
+    return concatenate_datasets(epochs).select(places)
 
 
 # --- the run -----------------------------------------------------------------------------------------
@@ -208,10 +215,10 @@ def run(recipe: Recipe) -> None:
         model_config, tokenizer = AutoConfig.from_pretrained(recipe.model), AutoTokenizer.from_pretrained(recipe.model)
     except MODEL_ERRORS as error:
         raise model_error(recipe.model, error) from error
-    check_chat_template(tokenizer, recipe.model)
+    tokenizer = prepare_tokenizer(tokenizer, recipe.model)
     preflight(recipe, model_config)
     config = training_arguments(recipe)
-    make_folder(out)
+    start.lock = start.lock or hold(out)  # one run at a time
     screen.log_to(out)
 
     # Data.
@@ -221,8 +228,6 @@ def run(recipe: Recipe) -> None:
     test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     test = test.select(range(min(recipe.eval_samples, len(test))))
     say(f"questions   {len(train)} to train on, {len(test)} held out")
-    go_back_to(start.checkpoint, recipe)
-    write_recipe(recipe)
 
     # Model.
     doing("loading", recipe.model)
@@ -237,10 +242,10 @@ def run(recipe: Recipe) -> None:
         model=model,
         reward_funcs=[recording(func, rollout) for func in REWARD_FUNCS],
         args=config,
-        train_dataset=training_questions(train, recipe),
+        train_dataset=training_questions(train, recipe, start.step, start.used),
         processing_class=tokenizer,
     )
-    report = Report(recipe, rollout)
+    report = Report(recipe, start, rollout)
     saving = Saving(recipe, trainer, report)
     trainer.remove_callback(ProgressCallback)
     for callback in (report, DivergenceCheck(recipe, report.metrics), saving):
@@ -253,7 +258,7 @@ def run(recipe: Recipe) -> None:
             doing("answering", f"{len(test)} held-out questions")
             before = measure(trainer.model, tokenizer, test, recipe.max_completion_length)
         say(evaluation_table({"before": before}))
-        saving.write_evaluations(before=before)
+        report.evaluations["before"] = before
 
         # Training.
         doing("training", f"{recipe.max_steps} steps", total=recipe.max_steps)
@@ -269,7 +274,7 @@ def run(recipe: Recipe) -> None:
         after = measure(trainer.model, tokenizer, test, recipe.max_completion_length, adapter=out / "adapter")
         say(f"{len(test)} held-out questions, greedy, same prompt and parser before and after:")
         say(evaluation_table({"before": before, "after": after}))
-        saving.write_evaluations(
+        report.write_evaluations(
             after=after,
             gpu=torch.cuda.get_device_name() if GPU else None,
             seconds={"training": round(training_seconds, 1), "total": round(time.perf_counter() - clock, 1)},

@@ -10,27 +10,42 @@ from transformers import AutoConfig
 
 from support.errors import UserError
 from support.preflight import GPU
+from support.screen import note
 from support.settings import Recipe, load_recipe
+
+
+def read_config(adapter: Path) -> dict:
+    """adapter_config.json. Raises UserError for a folder that PEFT did not write, or that holds no LoRA."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = config.get("peft_type", "LORA")
+        if kind == "LORA" and isinstance(config["r"], int) and isinstance(config["base_model_name_or_path"], str):
+            return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} is not what PEFT writes: save the adapter anew.") from error
+    if kind == "LORA":
+        raise UserError(f"{adapter / 'adapter_config.json'} is not what PEFT writes: save the adapter anew.")
+    raise UserError(f"{adapter} is an adapter of the kind {kind}, and this script takes LoRAs only.")
 
 
 def recipe_of(adapter: Path) -> tuple[Recipe, str]:
     """The recipe that the LoRA in `adapter` was trained with, from the recipe.yaml beside it, and the name of its base model.
 
-    Without a recipe.yaml, the default one with that base model. Raises UserError for a folder that PEFT did not write.
+    Without a recipe.yaml, the default one with that base model, which is said. Raises UserError for what is no LoRA.
     """
-    try:
-        adapter_config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        rank, base = adapter_config["r"], adapter_config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{adapter / 'adapter_config.json'} is not what PEFT writes: save the adapter anew.") from error
-    beside = adapter.parent / "recipe.yaml"
-    if beside.is_file():
-        recipe = load_recipe(beside)
+    config = read_config(adapter)
+    base = config["base_model_name_or_path"]
+    # beside what the path says, and beside what it leads to: `.` and links have another parent
+    beside = [path.parent / "recipe.yaml" for path in (adapter.absolute(), adapter.resolve())]
+    found = next((path for path in beside if path.is_file()), None)
+    if found:
+        recipe = load_recipe(found)
     else:
+        note(f"note: there is no recipe.yaml beside {adapter}; prompt and lengths are the default ones")
         recipe = load_recipe()
         recipe.model = base
         recipe.load_in_4bit = recipe.use_vllm = GPU
-    recipe.lora_rank = rank
+    recipe.lora_rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
     return recipe, base
 
 
@@ -45,8 +60,10 @@ def check_adapter(adapter: Path, model: str) -> None:
             f"cannot read the adapter {adapter} or its base model {model}: {error}".split("\n")[0]
         ) from error
     layers = {int(found[1]) for name in shapes if (found := re.search(r"\.layers\.(\d+)\.", name))}
-    widths = {shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name}
-    if len(layers) != config.num_hidden_layers or widths - {config.hidden_size}:
+    widths = {shape[1] for name, shape in shapes.items() if re.search(r"\.(q|k|v|gate|up)_proj\.lora_A\.", name)}
+    some = read_config(adapter).get("layers_to_transform") is not None  # else a LoRA is on all layers
+    fits = layers <= set(range(config.num_hidden_layers)) if some else len(layers) == config.num_hidden_layers
+    if not fits or widths - {config.hidden_size}:
         raise UserError(
             f"the adapter {adapter} was trained on another model: it has {len(layers)} layers of width "
             f"{', '.join(map(str, sorted(widths)))}, {model} has {config.num_hidden_layers} of {config.hidden_size}."

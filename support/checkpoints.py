@@ -1,15 +1,16 @@
 """The files that a run can be continued from: which of them are whole, and whether they belong to the same run."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -29,6 +30,7 @@ FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay"]
 
 
 UNFINISHED = "it was not finished"
+LOCK = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,15 +59,20 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of, reverse=True)
 
 
-def mark_complete(checkpoint: Path, recipe: Recipe) -> None:
-    """Writes complete.json, last: the recipe, and a digest of every file. A checkpoint without it was not finished."""
+def mark_complete(checkpoint: Path, recipe: Recipe, questions: int) -> None:
+    """Writes complete.json, last: the recipe, how many questions were used up to there, and a digest of every file.
+
+    A checkpoint without it was not finished.
+    """
     (checkpoint / "complete.json").unlink(missing_ok=True)
     files = {
         str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and not path.name.startswith("complete.json")
     }
-    write_json(checkpoint / "complete.json", {"recipe": dataclasses.asdict(recipe), "files": files})
+    write_json(
+        checkpoint / "complete.json", {"recipe": dataclasses.asdict(recipe), "questions": questions, "files": files}
+    )
 
 
 def flaw(checkpoint: Path) -> str | None:
@@ -138,10 +145,16 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
 class Start:
     """Where a run begins: after the last step of `checkpoint`, or, without one, at step 1."""
 
+    lock: TextIO | None  # the folder is held as long as this is open
     checkpoint: Path | None = None
+    used: int = 0  # questions, by the steps up to there
     changed: list[str] = field(default_factory=list)  # settings with other values than the checkpoint's
     evaluations: dict = field(default_factory=dict)  # eval.json, as far as it was written
     complete: bool = False  # nothing is left to do
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint) if self.checkpoint else 0
 
     def evaluation_before(self, n: int) -> dict | None:
         """The evaluation before step 1, if it was made, on `n` questions and with today's lengths."""
@@ -152,46 +165,63 @@ class Start:
 
 def find_start(recipe: Recipe) -> Start:
     """Where `recipe` begins, and what an earlier run of it left. Raises UserError where it cannot begin there."""
-    checkpoint = find_checkpoint(recipe)
-    if not checkpoint:
-        return Start()
-    out, step = Path(recipe.output_dir), step_of(checkpoint)
-    start = Start(checkpoint, check_same_run(recipe, checkpoint))
+    out = Path(recipe.output_dir)
+    start = Start(hold(out) if out.exists() else None)
+    start.checkpoint = find_checkpoint(recipe)
+    if not start.checkpoint:
+        return start
+    written = json.loads((start.checkpoint / "complete.json").read_text(encoding="utf-8"))
+    start.changed = check_same_run(recipe, start.checkpoint, written["recipe"])
+    start.used = written.get("questions", start.step * written["recipe"]["prompts_per_step"])
     if (out / "eval.json").exists():
         start.evaluations = json.loads((out / "eval.json").read_text(encoding="utf-8"))
-    done = "after" in start.evaluations and (out / "adapter").exists() and checkpoint == checkpoints(out)[0]
-    if done and step >= recipe.max_steps and not start.changed:
-        say(f"The run in {out} is complete, with {step} steps; --max_steps goes on from there.")
+    done = "after" in start.evaluations and (out / "adapter").exists() and start.checkpoint == checkpoints(out)[0]
+    if done and start.step >= recipe.max_steps and not start.changed:
+        say(f"The run in {out} is complete, with {start.step} steps; --max_steps goes on from there.")
         start.evaluations = {name: start.evaluations[name] for name in ("before", "after")}
         start.complete = True
-    elif step > recipe.max_steps:
-        raise UserError(f"{checkpoint} is past --max_steps {recipe.max_steps}: give {step} or more.")
+    elif start.step > recipe.max_steps:
+        raise UserError(f"{start.checkpoint} is past --max_steps {recipe.max_steps}: give {start.step} or more.")
     else:
-        say(f"resuming    after step {step}, from {checkpoint}")
+        say(f"resuming    after step {start.step}, from {start.checkpoint}")
     return start
 
 
-def make_folder(out: Path) -> None:
-    """Makes the output folder. Raises UserError where it, or a file in it, cannot be made."""
+def hold(out: Path) -> TextIO:
+    """Makes the output folder and holds it for this process, as long as the file that is returned is open.
+
+    Raises UserError where the folder, or a file in it, cannot be made, or where another process holds it. The system
+    forgets the lock when the process ends, however it ends; what is left of the file holds nobody up.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        file = (out / LOCK).open("a")
     except FileExistsError as error:
         raise UserError(f"--output_dir {out} is a file: give a folder.") from error
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}. Give another --output_dir.") from error
+    try:
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # of the process: a child does not keep it, as it would with flock
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(
+            f"another process is training in {out}: wait until it ends, or give another --output_dir."
+        ) from error
+    except OSError:  # a mounted folder may know no locks
+        pass
+    return file
 
 
 def check_present(out: Path) -> None:
     """Raises FileNotFoundError if the folder of the run has gone away: an empty one in its place would take what follows."""
-    if not (out / "recipe.yaml").exists():
+    if not (out / LOCK).exists():
         raise FileNotFoundError("the folder has gone away")
 
 
-def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
-    """Lists the settings that differ from the checkpoint's. Raises UserError for one that makes it another run."""
+def check_same_run(recipe: Recipe, checkpoint: Path, written: dict) -> list[str]:
+    """Lists the settings that differ from those `written` with the checkpoint. Raises UserError for one that makes it another run."""
     changed = []
-    written = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["recipe"]
     before = dataclasses.asdict(Recipe()) | written  # a setting that came later had its default
     for name, value in dataclasses.asdict(recipe).items():
         if name in ("resume", "output_dir") or before[name] == value:
@@ -222,13 +252,6 @@ def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
                 write_json_lines(path, [line for line in lines if line["step"] <= step])
         else:
             path.unlink(missing_ok=True)
-    if checkpoint:
-        # transformers would go on with the micro-batches that it finds here
-        path = checkpoint / "trainer_state.json"
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["train_batch_size"] != recipe.micro_batch_size:
-            write_json(path, state | {"train_batch_size": recipe.micro_batch_size})
-            mark_complete(checkpoint, recipe)
 
 
 def command(recipe: Recipe, *arguments: str) -> str:
@@ -242,8 +265,8 @@ def read_json_lines(path: Path) -> list[dict]:
     """The lines of a JSONL file; none if there is no file. A last line that was not finished is left out."""
     if not path.exists():
         return []
-    # not splitlines(), which also splits at U+2028 and its like, and a completion may hold them
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    # Bytes: it may have been cut inside a character. And not splitlines(), which takes \\r for an end, too.
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def write_json_lines(path: Path, records: list[dict], append: bool = False) -> None:

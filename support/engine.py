@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import tempfile
 from pathlib import Path
 
 from support.settings import Recipe
@@ -23,10 +24,24 @@ def engine_arguments(recipe: Recipe, max_num_seqs: int, share: float) -> dict:
     return {
         "fast_inference": True,
         "gpu_memory_utilization": share,
-        "max_lora_rank": recipe.lora_rank,
+        "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= recipe.lora_rank),
         "max_num_seqs": sequences,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},  # no compiler, but CUDA graphs
     }
+
+
+def own_lora_folder(model):
+    """`model`, which hands its LoRA to vLLM through a folder of its own.
+
+    unsloth writes the LoRA's config into the working directory, under one name for all runs there, and reads it back.
+    """
+    folder, load_lora = tempfile.TemporaryDirectory(prefix="grpo-lora-"), model.load_lora
+
+    def load(_, **options):
+        return load_lora(folder.name, **options)
+
+    model.load_lora = load
+    return model
 
 
 def adapter_name(adapter: Path) -> tuple[str, int]:

@@ -158,10 +158,20 @@ def model_error(model: str, error: Exception) -> UserError:
     return UserError(f"cannot load the model {model}: {reason}")
 
 
-def check_chat_template(tokenizer, model: str) -> None:
-    """Raises UserError for a tokenizer that cannot write a conversation."""
+def prepare_tokenizer(tokenizer, model: str):
+    """`tokenizer` as training, asking and measuring need it: it can write a conversation, end it and pad it.
+
+    Raises UserError where it cannot.
+    """
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {model} has no chat template: give an instruct model with --model.")
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {model} has no eos_token, which ends an answer: set it in tokenizer_config.json."
+        )
+    if tokenizer.pad_token is None:  # Llama's, among others
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def preflight(recipe: Recipe, config) -> None:

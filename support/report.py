@@ -12,7 +12,15 @@ from transformers import TrainerCallback
 
 from rewards import REWARD_FUNCS
 from support import screen
-from support.checkpoints import check_present, read_json_lines, write_json_lines
+from support.checkpoints import (
+    Start,
+    check_present,
+    go_back_to,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+    write_recipe,
+)
 from support.memory import GIB
 from support.picture import draw_reward_curve
 from support.preflight import GPU
@@ -35,16 +43,42 @@ def recording(reward_func, rollout: dict):
 
 
 class Report(TrainerCallback):
-    """A readable line a step, metrics.jsonl, samples.jsonl and reward_curve.png. `rollout`: what `recording` leaves there."""
+    """A readable line a step, metrics.jsonl, samples.jsonl, eval.json and reward_curve.png.
 
-    def __init__(self, recipe: Recipe, rollout: dict):
-        self.recipe, self.rollout = recipe, rollout
-        self.metrics, self.samples = (read_json_lines(self.out / f"{name}.jsonl") for name in ("metrics", "samples"))
+    `rollout`: what `recording` leaves there.
+    """
+
+    def __init__(self, recipe: Recipe, start: Start, rollout: dict):
+        self.recipe, self.start, self.rollout = recipe, start, rollout
+        self.metrics, self.samples = (
+            [line for line in read_json_lines(self.out / f"{name}.jsonl") if line["step"] <= start.step]
+            for name in ("metrics", "samples")
+        )
+        self.evaluations = {}  # what eval.json holds
         self.seconds = []  # of each step
+        self.begun = False
 
     @property
     def out(self) -> Path:
         return Path(self.recipe.output_dir)  # it changes when a run is rescued
+
+    def begin(self) -> None:
+        """Makes the folder this run's, when the first step is done: what it holds from after the checkpoint goes.
+
+        So a run that fails before leaves the folder as it was.
+        """
+        if not self.begun:
+            check_present(self.out)
+            go_back_to(self.start.checkpoint, self.recipe)
+            write_recipe(self.recipe)
+            write_json(self.out / "eval.json", self.evaluations)
+            self.begun = True
+
+    def write_evaluations(self, **evaluations) -> None:
+        """Adds to eval.json."""
+        self.evaluations |= evaluations
+        check_present(self.out)
+        write_json(self.out / "eval.json", self.evaluations)
 
     def on_train_begin(self, args, state, control, **kwargs):
         screen.advance(state.global_step)
@@ -56,6 +90,7 @@ class Report(TrainerCallback):
         now = time.perf_counter()
         self.seconds.append(now - self.step_start)
         self.step_start = now
+        self.begin()
         metrics, samples = self.metrics_of(state.global_step, logs), self.samples_of(state.global_step)
         self.metrics.append(metrics)  # in memory too: output_dir may be a mounted folder, and go away
         self.samples += samples
@@ -75,6 +110,9 @@ class Report(TrainerCallback):
         if state.global_step % self.recipe.sample_steps == 0:
             say("    " + sample_text(samples[0]).replace("\n", "\n    "))
             draw_reward_curve(self.out)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.begin()  # where no step was left to do
 
     def on_save(self, args, state, control, **kwargs):
         draw_reward_curve(self.out)

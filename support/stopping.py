@@ -1,6 +1,7 @@
 """How a run ends before its time: on Ctrl-C, SIGTERM or an error it leaves a checkpoint, and says how to go on."""
 
 import contextlib
+import shlex
 import signal
 import sys
 import tempfile
@@ -37,7 +38,6 @@ class Saving(TrainerCallback):
     def __init__(self, recipe: Recipe, trainer: GRPOTrainer, report: Report):
         self.recipe, self.trainer, self.report = recipe, trainer, report
         self.out = Path(recipe.output_dir)
-        self.evaluations = {}  # what eval.json holds
         self.stop_signal, self.in_training = None, False
 
     def __enter__(self):
@@ -60,7 +60,10 @@ class Saving(TrainerCallback):
             words = "finishing this step, then saving a checkpoint"
         else:
             newest = next((path for path in checkpoints(self.out) if not flaw(path)), None)
-            how = command(self.recipe, "--resume", *([] if newest else ["auto"]))
+            if self.report.begun:
+                how = command(self.recipe, "--resume", *([] if newest else ["auto"]))
+            else:  # nothing has changed yet
+                how = shlex.join([sys.executable, *sys.argv])
             words = f"the newest checkpoint is {newest}. Go on with: {how}"
         with contextlib.suppress(BrokenPipeError):  # of `| tee`, which Ctrl-C ends too
             say(f"{signal.Signals(signum).name}: {words}")
@@ -80,7 +83,12 @@ class Saving(TrainerCallback):
     on_log = on_step_end  # a signal may come between the two
 
     def on_save(self, args, state, control, **kwargs):
-        mark_complete(self.out / f"checkpoint-{state.global_step}", self.recipe)
+        self.mark_complete(state.global_step)
+
+    def mark_complete(self, step: int) -> None:
+        start = self.report.start
+        used = start.used + (step - start.step) * self.recipe.prompts_per_step
+        mark_complete(self.out / f"checkpoint-{step}", self.recipe, used)
 
     def leave_if_stopped(self) -> None:
         """Ends the script where a signal has ended the training."""
@@ -90,12 +98,6 @@ class Saving(TrainerCallback):
             say(f"continue with: {command(self.recipe, '--resume')}")
             sys.exit(128 + self.stop_signal)
 
-    def write_evaluations(self, **evaluations) -> None:
-        """Adds to eval.json."""
-        self.evaluations |= evaluations
-        check_present(self.out)
-        write_json(self.out / "eval.json", self.evaluations)
-
     def save_after_error(self, error: Exception) -> None:
         """Saves a checkpoint of the last finished step, in a new folder if output_dir can no longer be written to.
 
@@ -104,7 +106,7 @@ class Saving(TrainerCallback):
         recipe, trainer, out, step = self.recipe, self.trainer, self.out, self.trainer.state.global_step
         if "probability tensor" in str(error):  # the weights are finite, but the next token's chances are not
             raise diverged(recipe, "the policy's probabilities are not finite", step - 1) from error
-        if step == 0:
+        if not self.report.begun:
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise UserError(f"cannot write to {out}: {error}. No step was finished.") from error
             if isinstance(error, ImportError):  # of an optimiser that needs a package of its own
@@ -113,7 +115,7 @@ class Saving(TrainerCallback):
 
         def save():
             trainer._save_checkpoint(trainer.model, trial=None)
-            mark_complete(self.out / f"checkpoint-{step}", recipe)
+            self.mark_complete(step)
 
         try:
             check_present(out)  # before saving makes a folder in its place
@@ -127,7 +129,7 @@ class Saving(TrainerCallback):
                 recipe.output_dir = trainer.args.output_dir = str(self.out)
                 write_recipe(recipe)
                 screen.log_to(self.out)
-                write_json(self.out / "eval.json", self.evaluations)
+                write_json(self.out / "eval.json", self.report.evaluations)
                 write_json_lines(self.out / "metrics.jsonl", self.report.metrics)
                 write_json_lines(self.out / "samples.jsonl", self.report.samples)
                 save()

@@ -42,6 +42,10 @@ class Trainer(GRPOTrainer):
             return 0 * sum(weights.sum() for weights in model.parameters() if weights.requires_grad)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _inner_training_loop(self, batch_size=None, **kwargs):
+        """A resumed run has the micro-batches of its recipe; transformers would take those of the checkpoint."""
+        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         """A resumed run takes its rate from the recipe, which may have changed, and not from the checkpoint.
 
