@@ -42,7 +42,7 @@ _MARKUP = {
 _LATIN, _HAN = "A-Za-zµÀ-ÖØ-öø-ʯͰ-Ͽ𝐀-𝟋", r"[^\W\d_A-Za-z]"  # the letters of formulas; all others are words
 # The units that may touch the digits, as in 5kg. Any other letter there makes them a term, 5x, or another number, 2e3.
 _UNIT = (
-    r"(?:[nμµmcdk]?m|[μµm]?g|kgs?|[mcdk]?[lL]|[th]|m?s|[mkMG]?(?:Wh?|V|A|J|N|Hz|Pa|Ω)|hPa|k?cal|[kmKMGT]i?[Bb](?:ps)?"
+    r"(?:[nμµmcdk]?m|[μµm]?g|kgs?|[mcdk]?[lL]|[th]|m?s|[mkMG]?(?:Wh?|V|Hz|h?Pa|Ω)|[mk][AJN]|k?cal|[kmKMGT]i?[Bb](?:ps)?"
     rf"|ha|in|ft|yd|mi|lbs?|oz|hrs?|mins?|secs?|[ap]m|mph|pcs|st|nd|rd|th|RMB|CNY|USD|HKD|EUR|GBP|JPY)(?![{_LATIN}])"
 )
 _SUFFIX = rf" ?%| ?\(?(?:[mcdk]?m[23](?![\w.])|(?:{_UNIT}|{_HAN}?[米里秒]|[/·]){{1,5}}(?: ?\^ ?[23](?![0-9])|[²³])?)|"
@@ -55,7 +55,7 @@ _DIGITS = re.compile(r"(?=[.0-9])(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0
 # What makes digits a part of something else: x2, m^2, f(5), 3/4, 3:4, 三分之5 (but 百分之5 is 5 per cent), \sqrt 5 …
 _FUNCTION = r"(?:sqrt|[dt]?frac|(?:arc)?(?:sin|cos|tan|cot)|log|ln|lg|exp|abs)"
 _PART_BEFORE = re.compile(
-    rf"(?:[{_LATIN}0-9_]|\^ ?-? ?|[{_LATIN}]\(|[0-9][/:]|(?<!百)分之 ?|(?:√|根号下?|(?<![A-Za-z]){_FUNCTION}) ?\(? ?)\Z"
+    rf"(?:[{_LATIN}0-9_十百千万亿]|\^ ?-? ?|[{_LATIN}]\(|[0-9][/:]|(?<!百)分之 ?|(?:√|根号下?|(?<![A-Za-z]){_FUNCTION}) ?\(? ?)\Z"
 )
 # … 5², 1½, 1.2.3, 5:x, 2^n, 3!, 4\pi, 3万, 3千 (but 3千克 and 1013百帕 are units), 3 million, 3个半, 5x, 5 x, 5/x.
 _PART_AFTER = re.compile(

@@ -406,6 +406,7 @@ NO_NUMBERS = [
     (r"4\pi", "a Greek one"),
     ("4π", "the same as a sign"),
     ("3D", "no unit"),
+    ("2N", "one that is a variable more often"),
     # a word that makes it another number
     ("3千", "thousand"),
     ("3千人", "still"),
@@ -414,6 +415,7 @@ NO_NUMBERS = [
     ("3千克拉", "nor carats"),
     ("1.5亿", "a hundred million"),
     ("3十", "ten"),
+    ("二十5", "from the other side"),
     ("5 thousand", "in English"),
     ("$3 million", "with currency"),
     ("2 dozen", "a dozen"),
