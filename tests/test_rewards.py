@@ -4,7 +4,10 @@ python -m pytest tests/test_rewards.py
 """
 
 import math
+import struct
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from rewards import (
     extract_answer,
     int_reward_func,
     is_correct,
+    label_number,
     last_number,
     parse_number,
     soft_format_reward_func,
@@ -243,10 +247,275 @@ def test_extract_answer():
     assert extract_answer("72") is None
 
 
-def test_last_number_is_the_lenient_reading():
-    assert last_number("先有 10 个，答案是 72。") == 72
-    assert last_number("<answer>72</answer>") == 72
-    assert last_number("没有") is None
+# What an answer may look like. Each of these is read as the number beside it, strictly and leniently.
+NUMBERS = [
+    # how a number is written
+    ("1,234,567.89", "1234567.89", "groups and decimals"),
+    ("１０，８００．５", "10800.5", "full-width, groups too"),
+    ("１,０８０", "1080", "full-width digits, ASCII comma"),
+    (r"\boxed{9{,}500}", "9500", "a group as LaTeX writes it"),
+    (r"$9\,500$", "9500", "with a thin space"),
+    (r"10,\!000", "10000", "with a comma and a negative space"),
+    ("5.", "5", "a full stop, not a decimal point"),
+    ("5...", "5", "three of them"),
+    ("答案...5", "5", "in front of it, too"),
+    ("007", "7", "leading zeros"),
+    # its sign
+    ("+5", "5", "a plus"),
+    ("- 5", "-5", "a minus and a space"),
+    ("-US$5", "-5", "a minus before a currency of several letters"),
+    ("- ¥ 5", "-5", "spaces on both sides of it"),
+    ("$-5", "-5", "a minus after it"),
+    ("负$5", "-5", "the Chinese minus before it"),
+    ("零下5度", "-5", "below zero"),
+    ("零下摄氏 5 度", "-5", "with the scale between"),
+    ("-5℃", "-5", "the same as a symbol"),
+    ("气温是-5度", "-5", "a minus that touches the number is no dash"),
+    ("The answer is -5.", "-5", "after an English word, too"),
+    ("x = - 5", "-5", "after an equals sign there is nothing to take from"),
+    ("——38", "38", "a Chinese dash"),
+    # currency, unit, per cent
+    ("HK$1,080", "1080", "currency before the number"),
+    ("RMB 5", "5", "as a code"),
+    ("人民币5元", "5", "as a word"),
+    ("5 USD", "5", "after it"),
+    ("￥5", "5", "the full-width yen sign"),
+    ("72kg", "72", "a unit may touch the digits"),
+    ("100ml", "100", "another"),
+    ("60km/h", "60", "a unit in another"),
+    ("72元/个", "72", "in Chinese"),
+    ("$5/hour", "5", "in English"),
+    ("60 km / h", "60", "with spaces"),
+    ("500千焦", "500", "千 is kilo before a unit"),
+    ("500千卡路里", "500", "calories"),
+    ("10千伏安", "10", "volts"),
+    ("8千字节", "8", "bytes"),
+    ("5 千瓦·时", "5", "joined by a middle dot"),
+    ("1013百帕", "1013", "百 is hecto in this one"),
+    ("25 m²", "25", "a power on a unit"),
+    ("72 cm³", "72", "the third"),
+    ("25 m^2", "25", "with a caret"),
+    ("25m2", "25", "without one"),
+    (r"72\ \text{cm}^{2}", "72", "in LaTeX"),
+    (r"$25\,\mathrm{m^2}$", "25", "in another LaTeX"),
+    ("9.8 m/s²", "9.8", "after a division"),
+    ("25平方米", "25", "in words"),
+    ("25厘米²", "25", "in words and a figure"),
+    ("72%", "72", "per cent"),
+    (r"72\%", "72", "in LaTeX"),
+    ("百分之72", "72", "分之 makes a fraction, but 百分之 is per cent"),
+    (r"90^\circ", "90", "degrees"),
+    # words
+    ("小明一共有72个苹果。", "72", "a sentence"),
+    ("答：72元", "72", "an answer as at school"),
+    ("The answer is 72.", "72", "in English"),
+    ("第3天", "3", "an ordinal"),
+    ("约72人", "72", "about"),
+    ("≈72", "72", "the sign for it"),
+    ("最多有5人", "5", "at most: the answer to such a question"),
+    ("x = 72", "72", "the right side of an equation whose left side is a name"),
+    ("总数=72元", "72", "a name in Chinese"),
+    ("∴ x=72", "72", "therefore"),
+    ("5 T-shirts", "5", "a hyphen joins words"),
+    ("$5 a day", "5", "a is a word, not a variable"),
+    ("11 a.m.", "11", "nor is this one"),
+    ("M&M豆有40颗", "40", "& is no operator"),
+    ("半径是5厘米", "5", "半 in the name of a thing"),
+    ("得分之差是21分", "21", "分 and 之, which only meet"),
+    # what may be wrapped around it
+    (r"\boxed{72\text{ 元}}", "72", "the box, with a unit in it"),
+    (r"-\boxed{5}", "-5", "a sign outside it"),
+    (r"\[ \boxed{72} \]", "72", "display mathematics"),
+    (r"\(x = 72\)", "72", "mathematics in the line"),
+    ("$$72$$", "72", "dollars that are no money"),
+    (r"\$72", "72", "a dollar that is"),
+    ("**答案：** 72", "72", "bold before it"),
+    ("共**72**个", "72", "around it"),
+    ("__72__", "72", "the other bold"),
+    ("`72`", "72", "code"),
+    ("* 72", "72", "a list"),
+    ("#### 72", "72", "GSM8K's mark"),
+    ("（72）", "72", "brackets"),
+    ("72（个）", "72", "brackets around the unit"),
+    ("“72”", "72", "quotes"),
+    ("答案是72！", "72", "a Chinese exclamation mark is no factorial"),
+]
+NO_NUMBERS = [
+    # a second number
+    ("100，200", "a full-width comma separates ASCII digits"),
+    ("每天卖出120，210，330个", "in a sentence, too"),
+    ("12,34", "two digits are no group"),
+    ("0,500", "no group begins with 0"),
+    ("1.2.3", "a version"),
+    ("3:30", "a time"),
+    ("2024-05-06", "a date"),
+    ("10~20", "a range"),
+    ("1/2", "a fraction"),
+    ("3 又 1/2", "a mixed one"),
+    (r"\frac{1}{2}", "in LaTeX"),
+    ("48+24=72", "a sum"),
+    ("5 m 2", "a figure that is no power"),
+    # an operator
+    ("x>5", "a comparison"),
+    ("≤5", "another"),
+    ("大于5", "in words"),
+    ("±5", "two numbers in one"),
+    ("正负5", "in words"),
+    ("5+", "an operator alone"),
+    ("--5", "two signs"),
+    ("x - 5", "a difference"),
+    ("5-x", "the other way round"),
+    ("x minus 5", "in words"),
+    ("5*x", "a product"),
+    ("5·x", "with a dot"),
+    (r"5 \cdot x", "in LaTeX"),
+    ("5/x", "a quotient"),
+    ("x/y=5", "an equation whose left side is no name"),
+    ("m^2=25", "another"),
+    ("5=x", "the number on the left"),
+    ("x=y=5", "two equals signs"),
+    ("|-5|", "an absolute value"),
+    ("∞", "no digits at all"),
+    # a function or a power
+    (r"\sqrt{5}", "a root"),
+    ("√5", "as a sign"),
+    ("根号5", "in words"),
+    (r"\sin 30", "a sine"),
+    ("sin 30", "without the backslash"),
+    ("log(5)", "a logarithm"),
+    ("f(5)", "any function"),
+    (r"\overline{5}", "any other command"),
+    ("3!", "a factorial"),
+    ("5的阶乘", "in words"),
+    ("5²", "a power on a number"),
+    ("5^2", "with a caret"),
+    ("5^{2}元", "in LaTeX"),
+    ("2^n", "the exponent a letter"),
+    ("x²=5", "a power on a name"),
+    # a letter that touches the digits, or stands beside them as a factor does
+    ("x2", "before them"),
+    ("A4", "a name"),
+    ("H2O", "on both sides"),
+    ("x_2", "an index"),
+    ("5x", "after them"),
+    ("2n", "another"),
+    ("3ab", "two of them"),
+    ("5 x", "with a space"),
+    ("2e3", "an exponent"),
+    ("0x1F", "another base"),
+    (r"4\pi", "a Greek one"),
+    ("4π", "the same as a sign"),
+    ("3D", "no unit"),
+    ("2N", "one that is a variable more often"),
+    # a word that makes it another number
+    ("3千", "thousand"),
+    ("3千人", "still"),
+    ("3千元", "yuan have no kilo"),
+    ("5千欧元", "nor euros, whatever ohms have"),
+    ("3千克拉", "nor carats"),
+    ("1.5亿", "a hundred million"),
+    ("3十", "ten"),
+    ("二十5", "from the other side"),
+    ("5 thousand", "in English"),
+    ("$3 million", "with currency"),
+    ("2 dozen", "a dozen"),
+    ("5k", "a suffix"),
+    ("五分之3", "a fraction in words"),
+    ("5 分之 3", "with spaces"),
+    ("3个半", "three and a half"),
+    ("2小时半", "two and a half hours"),
+    ("5 and a half", "in English"),
+    ("一半是36", "a half of something else"),
+    ("5‰", "per mille"),
+    # digits that are none
+    ("1½", "a fraction in one character"),
+    ("①", "in a circle"),
+    ("0.3̇", "recurring"),
+    ("٧٢", "Arabic"),
+    ("七十二", "Chinese numerals are not read"),
+    ("", "nothing"),
+]
+
+
+@pytest.mark.parametrize("text, number, why", NUMBERS)
+def test_number(text, number, why):
+    assert parse_number(text) == Decimal(number), why
+    assert last_number(text) == Decimal(number), why
+
+
+@pytest.mark.parametrize("text, why", NO_NUMBERS)
+def test_no_number(text, why):
+    assert parse_number(text) is None, why
+    assert label_number(text) is None, why
+
+
+LENIENT = [
+    ("先有 10 个，答案是 72。", "72", "the last of several"),
+    ("<answer>72</answer>", "72", "tags or not"),
+    ("48+24=72", "72", "an operator before it"),
+    ("x>5", "5", "what stands around the last number does not matter"),
+    ("10-5", "5", "a difference is no sign"),
+    ("37 - 23", "23", "nor with spaces"),
+    ("每天卖出120，210，330个", "330", "a full-width comma separates"),
+    (r"所以 \boxed{9{,}500}", "9500", "groups as LaTeX writes them"),
+    ("面积是 25 m^2", "25", "an exponent is not the last number"),
+    ("面积是25m2", "25", "nor in this form"),
+    ("买了72张A4纸", "72", "digits in a name are none"),
+    ("有 72 个，即 5²+47", "47", "a power is none"),
+    ("72 个，是 90 的 4/5", "90", "nor is a fraction"),
+    ("早上 8 点到 11:30", "8", "nor a time"),
+    ("先有 5 个，后来有 3万个", "5", "nor a magnitude"),
+    ("没有", None, "none at all"),
+    ("5²", None, "none that is one"),
+]
+
+
+@pytest.mark.parametrize("text, number, why", LENIENT)
+def test_last_number_is_the_lenient_reading(text, number, why):
+    assert last_number(text) == (None if number is None else Decimal(number)), why
+
+
+def float32(number: float) -> float:
+    """What a float32 column gives for `number`: `datasets` hands it over as a Python float."""
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+LABELS = [
+    (72, "72", "int"),
+    (np.int8(-72), "-72", "NumPy's"),
+    (10**400, 10**400, "more than a float holds"),
+    (72.5, "72.5", "float"),
+    (0.1, "0.1", "it means what it prints"),
+    (1e20, "1e20", "a large one"),
+    (1 / 3, "0.3333333333333333", "one that no float32 is"),
+    (float32(0.1), "0.1", "a float32 that became a float"),
+    (float32(-1234.56), "-1234.56", "another"),
+    (float32(12345.67), "12345.67", "with all the digits that float32 keeps"),
+    (float32(1e20), "1e20", "a large one"),
+    (1 / 8192, "0.0001220703125", "a float32 too, but nothing was rounded"),
+    (2.0**-20, "9.5367431640625e-07", "another"),
+    (123456784.0, "123456784", "another, an integer"),
+    (np.float32(0.1), "0.1", "NumPy's"),
+    (np.float16(0.1), "0.1", "and the half of it"),
+    (np.float64(0.1), "0.1", "and the double"),
+    (Decimal("72.50"), "72.5", "Decimal"),
+    (Fraction(72), "72", "Fraction"),
+    ("1,080 元", "1080", "a string is read as an answer is"),
+    (Fraction(1, 2), None, "as an answer, 1/2 is none"),
+    (Decimal("NaN"), None, "not a number"),
+    (Decimal("-Infinity"), None, "nor this"),
+    (float("nan"), None, "nor as a float"),
+    (float("inf"), None, "nor this"),
+    (True, None, "a truth value"),
+    (np.bool_(True), None, "NumPy's"),
+    (None, None, "a gap"),
+    ([72], None, "a list"),
+]
+
+
+@pytest.mark.parametrize("label, number, why", LABELS)
+def test_label(label, number, why):
+    assert label_number(label) == (None if number is None else Decimal(number)), why
 
 
 # --- properties ----------------------------------------------------------------------------------
@@ -269,12 +538,118 @@ def test_any_text_gives_a_finite_float_in_range(text, label):
             assert reward in (0.0, maximum)
 
 
-@given(st.integers(-(10**12), 10**12))
-def test_every_way_to_write_a_number_is_that_number(n):
-    full_width = str(n).translate({ord(c): ord(c) + 0xFEE0 for c in "-0123456789"})
-    for written in (str(n), f"{n:,}", f"{n}.0", f" {n}元", full_width):
-        assert parse_number(written) == n
-        assert is_correct(f"<answer>{written}</answer>", n)
+DECIMALS = st.decimals(-(10**12), 10**12, allow_nan=False, places=0) | st.decimals(-(10**6), 10**6, places=3)
+FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
+# N is the number, in one of these ways …
+WRITTEN = {
+    "plain": lambda n: f"{n:f}",
+    "groups": lambda n: f"{n:,f}",
+    "full-width": lambda n: f"{n:f}".translate(FULL_WIDTH),
+    "full-width groups": lambda n: f"{n:,f}".translate(FULL_WIDTH),
+    "LaTeX groups": lambda n: f"{n:,f}".replace(",", "{,}"),
+    "thin spaces": lambda n: f"{n:,f}".replace(",", r"\,"),
+}
+# … and what stands around it: any of the first with any of the second is the number, wrapped in any of the third.
+BEFORE = ["", "答：", "共", "约", "答案是 ", "The answer is ", "x = ", "x=", "≈", "每小时", "#### ", "价格为："]
+AFTER = [
+    "",
+    "元",
+    " 个苹果",
+    "kg",
+    " km/h",
+    "元/个",
+    "%",
+    r"\%",
+    "°",
+    " m²",
+    " cm^3",
+    r"\text{ m}^{2}",
+    "千米",
+    "千焦",
+    "（个）",
+    " apples",
+]
+WRAPPED = [
+    "N",
+    "N。",
+    "N.",
+    "N\n",
+    r"\boxed{N}",
+    r"\(N\)",
+    "$N$",
+    r"$\boxed{N}$。",
+    "**N**",
+    "`N`",
+    "（N）",
+    "“N”",
+    r"\text{N}",
+    "　N　",
+]
+# With any of these around it, whatever else stands there, it is none.
+SPOILT = [
+    "1 N",
+    "N 2",
+    "N 或 3",
+    "N/2",
+    "3:N",
+    "N+",
+    "2×N",
+    "N×",
+    "x>N",
+    "±N",
+    "N-x",
+    "N*x",
+    r"\sqrt{N}",
+    r"\frac{N}{x}",
+]
+SPOILT += [
+    "√N",
+    "sin N",
+    "f(N)",
+    "N!",
+    "N²",
+    "N^2",
+    "N^{x}",
+    "N½",
+    "xN",
+    "N x",
+    "Nx",
+    "Nn",
+    r"N\pi",
+    "Nπ",
+    "Ne3",
+    "x_N",
+]
+SPOILT += ["N‰", "N万", "N千", "N百万元", "N million", "N分之三", "三分之N", "N个半", "N的平方", "|N|", "N=x", "N，1"]
+
+
+@given(DECIMALS, *map(st.sampled_from, (list(WRITTEN.values()), BEFORE, AFTER, WRAPPED)))
+def test_any_number_in_any_allowed_surrounding_is_that_number(n, write, before, after, wrapped):
+    text = wrapped.replace("N", before + write(n) + after)
+    assert parse_number(text) == n == last_number(text)
+    assert is_correct(f"<answer>{text}</answer>", f"{n:f}")
+
+
+SIGNS = ["-", "- ", "−", "－", "-$", "- US$", "-¥ ", "$-", "¥ -", "负", "負 ", "负人民币", "零下", "零下 "]
+
+
+@given(
+    DECIMALS.filter(lambda n: n > 0),
+    *map(st.sampled_from, (list(WRITTEN.values()), SIGNS, ["", "答：", "x = "], AFTER)),
+)
+def test_any_sign_makes_any_number_negative(n, write, sign, before, after):
+    assert parse_number(before + sign + write(n) + after) == -n
+
+
+@given(DECIMALS.filter(lambda n: n >= 0), *map(st.sampled_from, (list(WRITTEN.values()), SPOILT, WRAPPED)))
+def test_any_number_in_any_other_surrounding_is_none(n, write, spoilt, wrapped):
+    assert parse_number(wrapped.replace("N", spoilt).replace("N", write(n))) is None
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32))
+def test_a_float32_label_is_the_shortest_decimal_that_is_that_float32(x):
+    assert float32(float(label_number(x))) == x
+    assert label_number(np.float32(x)) == Decimal(str(np.float32(x)))
 
 
 def test_a_perfect_completion_earns_all_of_every_reward():
@@ -315,6 +690,19 @@ HOSTILE = [
     ("<answer>" + "-" * 200_000 + "</answer>", "signs without a number"),
     ("<answer>" + "一" * 200_000 + "</answer>", "Chinese numerals"),
     ("<answer>" + "\n " * 100_000 + "</answer>", "white space"),
+    ("<answer>" + " " * 100_000 + "1" + " " * 100_000 + "m</answer>", "white space around a number"),
+    ("<answer>" + "１，０００" * 40_000 + "</answer>", "full-width groups"),
+    ("<answer>1" + "{,}000" * 33_000 + "</answer>", "LaTeX groups"),
+    ("<answer>" + "\\boxed{" * 28_000 + "1</answer>", "boxes that never close"),
+    ("<answer>1" + "}{" * 100_000 + "</answer>", "braces"),
+    ("<answer>" + "*" * 200_000 + "1</answer>", "asterisks"),
+    ("<answer>" + "**_" * 66_000 + "1</answer>", "half-open emphasis"),
+    ("<answer>" + "￥" * 200_000 + "5</answer>", "currency"),
+    ("<answer>" + "=" * 200_000 + "5</answer>", "equals signs"),
+    ("<answer>5" + "m/s/" * 50_000 + "</answer>", "units without an end"),
+    ("<answer>5 " + "a-" * 100_000 + "</answer>", "hyphens"),
+    ("<answer>5" + "一" * 200_000 + "半</answer>", "a word that spoils it, at the very end"),
+    ("<answer>5" + "\0\ud800" * 100_000 + "</answer>", "characters that are no text"),
 ]
 
 
