@@ -45,6 +45,8 @@ def recipe_of(adapter: Path) -> tuple[Recipe, str]:
         recipe = load_recipe()
         recipe.model = base
         recipe.load_in_4bit = recipe.use_vllm = GPU
+    # vLLM answers with neither: transformers then generates, through unsloth's model
+    recipe.use_vllm = recipe.use_vllm and not config.get("use_dora") and not config.get("modules_to_save")
     recipe.lora_rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
     return recipe, base
 
