@@ -7,7 +7,6 @@ JSONL, JSON, CSV, TSV or Parquet file, and gives a `datasets.Dataset` with the c
 
 import functools
 import re
-from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
@@ -28,7 +27,6 @@ from support.tables import (
     join,
     plain,
     read_table,
-    row_and_line,
     shown,
     split_files,
 )
@@ -112,12 +110,12 @@ def load_questions(
     answers = [read_label(label) for label in labels]
     bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None}
     if bad:
-        raise UserError(f"{describe(table, bad, answer_column, 'which is not one number')}: correct or remove it.")
+        raise UserError(f"{table.describe(bad, answer_column, 'which is not one number')}: correct or remove it.")
     tokens = control_tokens(tokenizer)
     bad = {row: token for row, question in enumerate(questions) for token in tokens if token in question}
     if bad:
         fault = "which the model would take for a control token"
-        raise UserError(f"{describe(table, bad, question_column, fault)}: remove it from the question.")
+        raise UserError(f"{table.describe(bad, question_column, fault)}: remove it from the question.")
     prompts = [to_prompt(question, system_prompt) for question in questions]
     fitting = [
         row
@@ -156,7 +154,7 @@ def read_questions(file: str) -> tuple[list[str], list]:
         answers = [read_label(label) for label in labels]
         bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None and labels[row] is not None}
         if bad:  # asking needs no labels
-            say(f"labels      {describe(table, bad, answer_column, 'which is not one number')}: taken as unknown")
+            say(f"labels      {table.describe(bad, answer_column, 'which is not one number')}: taken as unknown")
     say_columns(table, used, file)
     whole = [None if n is None else int(n) if n == n.to_integral_value() else float(n) for n in answers]
     return questions, whole
@@ -172,35 +170,13 @@ def check_questions(table: Table, column: str, word: str = "row") -> None:
     bad = {row: question for row, question in enumerate(questions) if not is_question(question)}
     if bad:
         raise UserError(
-            f"{describe(table, bad, column, 'which is empty or not text, so no question', word)}: correct or remove it."
+            f"{table.describe(bad, column, 'which is empty or not text, so no question', word)}: correct or remove it."
         )
     bad = {row: question for row, question in enumerate(questions) if re.search("[\ud800-\udfff]", question)}
     if bad:
         raise UserError(
-            f"{describe(table, bad, column, 'which is not in UTF-8', word)}: save the file in UTF-8 and correct it."
+            f"{table.describe(bad, column, 'which is not in UTF-8', word)}: save the file in UTF-8 and correct it."
         )
-
-
-def describe(table: Table, bad: dict[int, object], column: str, fault: str, word: str = "row") -> str:
-    """Which rows are bad and what they have in `column`: the one, or how many and the first three."""
-    name, values = table.names[column], {row: shown(quote(value)) for row, value in bad.items()}
-    if len(bad) == 1:
-        ((row, value),) = values.items()
-        return f"{table.place(row, word)} has {value} in {name}, {fault}"
-    one_file = len({source for source, _, _ in table.where}) == 1
-    places = [
-        f"{row_and_line(*table.where[row][1:], word) if one_file else table.place(row, word)} has {value}"
-        for row, value in list(values.items())[:3]
-    ]
-    source = f" of {table.where[0][0]}" if one_file else ""
-    return (
-        f"{len(bad)} of {len(table)} {word}s{source} have something in {name} {fault}: "
-        f"{', '.join(places)}{', …' if len(bad) > 3 else ''}"
-    )
-
-
-def quote(value) -> str:
-    return repr(value.item() if hasattr(value, "item") else value)
 
 
 # --- columns -----------------------------------------------------------------------------------------
@@ -271,26 +247,24 @@ def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
         raise UserError(f"{dataset} is {kind}." if kind else f"there is no file or folder {shown(dataset, 200)}.")
     else:
         sets = load_from_hub(dataset)
-        readers = {split: partial(hub_table, rows, f"{dataset} ({split})") for split, rows in sets.items()}
+        readers = {
+            split: partial(arrow_table, rows.with_format("arrow")[:], f"{dataset} ({split})")
+            for split, rows in sets.items()
+        }
     if len(readers) > 1:
         return readers
     ((name, read),) = readers.items()
     table = read()
-    marks = [SPLIT_WORDS.get(plain(str(mark))) for mark in table.columns.get("split", [])]
-    if "train" not in marks or None in marks or len(set(marks)) == 1:
+    marked = table.by_mark()
+    if not marked:
         return {name: lambda: table}
-    counts = ", ".join(f"{count} {mark}" for mark, count in Counter(marks).items())
+    counts = ", ".join(f"{len(rows)} {mark}" for mark, rows in marked.items())
     say_once(f"split       by the column {table.names['split']}: {counts}", about=dataset)
-    rows = {mark: [row for row, other in enumerate(marks) if other == mark] for mark in Counter(marks)}
-    return {mark: partial(table.pick, rows[mark]) for mark in rows}
+    return {mark: partial(table.pick, rows) for mark, rows in marked.items()}
 
 
 def read_files(files: list[Path]) -> Table:
     return join([read_table(file, KNOWN_QUESTIONS) for file in files])
-
-
-def hub_table(rows: Dataset, source: str) -> Table:
-    return arrow_table(rows.with_format("arrow")[:], source)
 
 
 @functools.cache  # a run asks for the names of the splits, for one and for the other

@@ -61,6 +61,28 @@ class Table:
         columns = {name: [column[row] for row in rows] for name, column in self.columns.items()}
         return Table(columns, self.names, [self.where[row] for row in rows])
 
+    def describe(self, bad: dict[int, object], column: str, fault: str, word: str = "row") -> str:
+        """Which rows are bad and what they have in `column`: the one, or how many there are and the first three."""
+        name, first = self.names[column], list(bad.items())[:3]
+        if len(bad) == 1:
+            ((row, value),) = first
+            return f"{self.place(row, word)} has {shown(quote(value))} in {name}, {fault}"
+        files = list(dict.fromkeys(source for source, _, _ in self.where))
+        rows = ", ".join(
+            f"{row_and_line(*self.where[row][1:], word) if len(files) == 1 else self.place(row, word)} has {shown(quote(value))}"
+            for row, value in first
+        )
+        more = ", …" if len(bad) > 3 else ""
+        source = files[0] if len(files) == 1 else f"{len(files)} files"
+        return f"{len(bad)} of {len(self)} {word}s of {source} have something in {name} {fault}: {rows}{more}"
+
+    def by_mark(self) -> dict[str, list[int]]:
+        """The rows of each split, where a column `split` marks every row as one, and not all as the same."""
+        marks = [SPLIT_WORDS.get(plain(str(mark))) for mark in self.columns.get("split", [])]
+        if "train" not in marks or None in marks or len(set(marks)) == 1:
+            return {}
+        return {mark: [row for row, other in enumerate(marks) if other == mark] for mark in Counter(marks)}
+
 
 def join(tables: list[Table]) -> Table:
     """The rows of one table after those of the other; a column that one of them lacks is None there."""
@@ -80,6 +102,11 @@ def shown(text: str, limit: int = 60) -> str:
     """`text` for a message: one line, not long, and nothing in it that a terminal cannot print."""
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def quote(value) -> str:
+    """`value` as Python writes it; NumPy would put its own name around it."""
+    return repr(value.item() if isinstance(value, numpy.generic) else value)
 
 
 def row_and_line(row: int, line: int, word: str = "row") -> str:
@@ -124,6 +151,8 @@ def read_table(path: Path, questions: set[str]) -> Table:
 
     Raises UserError with one sentence for every file that it cannot read, whatever is in it.
     """
+    if path.suffix.lower() not in FILE_TYPES:
+        raise UserError(f"cannot read {path}: its name ends in none of {', '.join(FILE_TYPES)}.")
     try:
         if path.suffix.lower() == ".parquet":
             with path.open("rb") as file:
@@ -134,7 +163,7 @@ def read_table(path: Path, questions: set[str]) -> Table:
                 raise UserError(f"cannot load {path}: it {advice}.")
         text = decode(content, path)
         if not text.strip():
-            raise UserError(f"{path} is empty.")
+            raise UserError(f"{path} is empty: there is no question in it.")
         if path.suffix.lower() == ".txt":
             rows = [(number, {"text": line}) for number, line in lines_of(text)]
         elif path.suffix.lower() in (".csv", ".tsv"):
