@@ -237,8 +237,8 @@ def load_rows(dataset: str, split: str) -> Table:
 
 def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
     """The splits of a hub id, folder or file, each with what reads it. One that is all there is may be cut by its column `split`."""
-    path = Path(find_local(dataset))
-    kind = kind_of(str(path))
+    found = find_local(dataset)
+    path, kind = Path(found), kind_of(found)
     if kind == "folder":
         readers = {split: partial(read_files, files) for split, files in split_files(path).items()}
     elif kind == "file":

@@ -42,8 +42,9 @@ def check_hub_name(name: str) -> None:
     """Raises UserError for what is no name on the hub, and so was meant to be here: asking for it would take half a minute."""
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"there is no file or folder {name}, and it cannot be a name on the hub.") from error
+        name.encode("ascii")
+    except (HFValidationError, UnicodeEncodeError):
+        raise UserError(f"there is no file or folder {name!r}, and it cannot be a name on the hub.") from None
 
 
 def check_cache() -> None:
