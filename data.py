@@ -161,7 +161,7 @@ def read_questions(file: str) -> tuple[list[str], list]:
 
 
 def is_question(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and any(map(str.isalnum, value))
 
 
 def check_questions(table: Table, column: str, word: str = "row") -> None:
@@ -243,8 +243,12 @@ def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
         readers = {split: partial(read_files, files) for split, files in split_files(path).items()}
     elif kind == "file":
         readers = {"train": partial(read_files, [path])}
-    elif kind or path.is_absolute() or path.suffix.lower() in FILE_TYPES or dataset.startswith("."):
-        raise UserError(f"{dataset} is {kind}." if kind else f"there is no file or folder {shown(dataset, 200)}.")
+    elif kind or path.is_absolute() or path.suffix.lower() in FILE_TYPES or dataset.startswith(".") or "://" in dataset:
+        raise UserError(
+            f"{dataset} is {kind}: give a file or a folder."
+            if kind
+            else f"there is no file or folder {shown(dataset, 200)}."
+        )
     else:
         sets = load_from_hub(dataset)
         readers = {

@@ -114,6 +114,14 @@ def row_and_line(row: int, line: int, word: str = "row") -> str:
     return f"{word} {row}" + (f" (line {line})" if line not in (row, 0) else "")
 
 
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """`names` by their plain ones; where two are the same, the later one gets a number."""
+    found = {}
+    for name in names:
+        found[plain(name) if plain(name) not in found else f"{plain(name)}.{len(found)}"] = name
+    return found
+
+
 def split_files(folder: Path) -> dict[str, list[Path]]:
     """The files in `folder` by split, told by the words in their names or their folders'; all are `train` where none has one.
 
@@ -138,7 +146,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     found = {split: files[split] for split in ("train", "validation", "test") if split in files} or {"train": files[""]}
     for split, paths in found.items():
         types = Counter(path.suffix.lower() for path in paths)
-        most = max(FILE_TYPES, key=lambda suffix: types[suffix])
+        most = max(FILE_TYPES, key=lambda suffix: (types[suffix], suffix != ".json"))  # JSON may be about the set
         found[split] = [path for path in paths if path.suffix.lower() == most]
         if len(paths) > 1:
             names = ", ".join(path.relative_to(folder).as_posix() for path in found[split])
@@ -156,7 +164,7 @@ def read_table(path: Path, questions: set[str]) -> Table:
     try:
         if path.suffix.lower() == ".parquet":
             with path.open("rb") as file:
-                return arrow_table(pyarrow.parquet.read_table(file), str(path))
+                return arrow_table(pyarrow.parquet.ParquetFile(file).read(), str(path))
         content = path.read_bytes()
         for magic, advice in NOT_TEXT.items():
             if content.startswith(magic):
@@ -170,12 +178,8 @@ def read_table(path: Path, questions: set[str]) -> Table:
             rows = csv_rows(text, path, questions)
         else:
             rows = json_rows(text, path, questions)
-        names = {}
-        for _, row in rows:
-            for name in row:
-                names.setdefault(plain(name), name)
-        cells = [{plain(name): value for name, value in row.items()} for _, row in rows]
-        columns = {name: [row.get(name) for row in cells] for name in names}
+        names = plain_names(dict.fromkeys(name for _, row in rows for name in row))
+        columns = {key: [row.get(name) for _, row in rows] for key, name in names.items()}
         return Table(columns, names, [(str(path), row, line) for row, (line, _) in enumerate(rows, start=1)])
     except UserError:
         raise
@@ -200,14 +204,23 @@ def decode(content: bytes, path: Path) -> str:
     broken = sum("\udc80" <= character <= "\udcff" for character in text)
     whole = sum(character > "\x7f" for character in text) - broken
     if broken > whole:  # a wrong byte in a file of UTF-8 does not make it GB18030, which takes nearly any bytes
-        try:
-            chinese = content.decode("gb18030")
-        except UnicodeDecodeError:
-            return text
-        if not re.search("[\ue000-\uf8ff]", chinese):  # characters of nobody are what Big5 looks like
+        chinese = "\n".join(map(decode_chinese, content.split(b"\n")))
+        characters = "".join(character for character in chinese if character > "\x7f")
+        # Simplified Chinese is all in GB2312, traditional more than half; what Big5 or Shift-JIS look like is not
+        if len(characters.encode("gb2312", "ignore")) > len(characters):
             say_once(f"encoding    {path} is not UTF-8, and is read as GB18030 (GBK)", about=str(path))
             return chinese
     return text
+
+
+def decode_chinese(line: bytes) -> str:
+    """A line of GB18030, or of UTF-8 where two files were put together: Chinese in UTF-8 is hardly ever GB18030 by chance."""
+    try:
+        if max(text := line.decode(), default="") > "\u07ff":
+            return text
+    except UnicodeDecodeError:
+        pass
+    return line.decode("gb18030", "surrogateescape")
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
@@ -231,7 +244,7 @@ def json_rows(text: str, path: Path, questions: set[str]) -> list[tuple[int, dic
             try:
                 rows.append((number, parse_json(line)))
             except ValueError:
-                if not rows and line.strip()[-1] in "{[":  # one document over many lines
+                if not rows and (line.strip() == "{" or line.lstrip().startswith("[")):  # one document
                     raise UserError(f"cannot load {path}: it is not JSON: {error}.") from None
                 half = ", perhaps half-written" if number == lines[-1][0] else ""
                 raise UserError(
@@ -260,14 +273,18 @@ def rows_in(value, path: Path, questions: set[str]) -> list:
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     inner = list(value.values())
+    parts = {name: part for name, part in value.items() if isinstance(part, list | dict)}
     if not questions.isdisjoint(map(plain, value)):
-        columns = [list(part.values()) if isinstance(part, dict) else part for part in inner]
-        if not all(isinstance(column, list) for column in columns):
+        if questions.isdisjoint(map(plain, parts)):
             return [value]
+        numbers = dict.fromkeys(number for part in parts.values() if isinstance(part, dict) for number in part)
+        columns = [[part.get(n) for n in numbers] if isinstance(part, dict) else part for part in parts.values()]
         if len(set(map(len, columns))) > 1:
             lengths = ", ".join(str(len(column)) for column in columns)
             raise UserError(f"cannot load {path}: its columns have {lengths} values, and not as many each.")
-        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [dict(zip(parts, row, strict=True)) for row in zip(*columns, strict=True)]
+    if len(inner) == 1 and parts:
+        return rows_in(inner[0], path, questions)
     if inner and all(isinstance(part, dict) for part in inner):
         return inner
     lists = {name: part for name, part in value.items() if isinstance(part, list)}
@@ -284,19 +301,23 @@ def rows_in(value, path: Path, questions: set[str]) -> list:
 
 def csv_rows(text: str, path: Path, questions: set[str]) -> list[tuple[int, dict]]:
     """The rows of a file with commas, semicolons or tabs, each with the line on which it begins."""
-    first = next(lines_of(text))[1]
+    if re.match(r"sep=.\r?\n", text):  # Excel's; what it says can be seen
+        text = text[text.index("\n") :]
+    first = next(lines_of(text), (0, ""))[1]
 
     def likely(delimiter: str) -> tuple:
         known = any(plain(name.strip('" ')) in questions for name in first.split(delimiter))
         return known, delimiter == "\t" and path.suffix.lower() == ".tsv", first.count(delimiter)
 
-    delimiter = max(",;\t", key=likely)
+    delimiter = max(",;\t|", key=likely)
     try:
         records = csv_records(text, path, delimiter=delimiter, strict=True)
     except UserError:
         if delimiter != "\t":
             raise
         records = csv_records(text, path, delimiter=delimiter, quoting=csv.QUOTE_NONE)  # a quote may be just a quote
+    if not records:
+        return []
     header = [name.strip("\ufeff").strip() for name in records[0][1]]
     # MGSM's own files have no header: a question and its number from the first line on
     if len(header) == 2 and questions.isdisjoint(map(plain, header)) and label_number(header[1]) is not None:
@@ -343,10 +364,8 @@ def csv_records(text: str, path: Path, **options) -> list[tuple[int, list[str]]]
 
 def arrow_table(table: pyarrow.Table, source: str) -> Table:
     """An Arrow table as ours. Its rows are those of `source`."""
-    columns, names = {}, {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if plain(name) not in names:
-            names[plain(name)], columns[plain(name)] = name, arrow_values(column)
+    names = plain_names(table.column_names)
+    columns = {key: arrow_values(column) for key, column in zip(names, table.columns, strict=True)}
     return Table(columns, names, [(source, row, 0) for row in range(1, table.num_rows + 1)])
 
 

@@ -234,6 +234,8 @@ def rows(*numbers):
         ({"训练集.jsonl": 3, "测试集.jsonl": 2}, ("train", "test"), 3, 2),
         ({"train.jsonl": 3, "test.jsonl": 2, "extra.jsonl": 9, ".cache/train.jsonl": 9}, ("train", "test"), 3, 2),
         ({"test.jsonl": 20}, ("test[:90%]", "test[90%:]"), 18, 2),
+        ({"questions.jsonl": 20, "dataset_info.json": 1}, ("train[:90%]", "train[90%:]"), 18, 2),
+        ({"latest.jsonl": 20}, ("train[:90%]", "train[90%:]"), 18, 2),
     ],
 )
 @pytest.mark.parametrize("folder", ["data [v1]", "d*?", "训练"])
@@ -392,7 +394,9 @@ def test_a_recipe_works_from_another_folder(tokenizer, tmp_path, monkeypatch, ca
     assert find_local("tiny") == "tiny" and find_local("") == ""
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "我的/问题", "a b", "", "x" * 200, "data [v1]", "~/questions", "a//b"])
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "我的/问题", "a b", "", "x" * 200, "data [v1]", "~/questions", "a//b", "s3://set", "a\nb"]
+)
 def test_what_cannot_be_on_the_hub_is_not_asked_for(name, monkeypatch):
     monkeypatch.setattr("data.load_dataset", None)
     with pytest.raises(UserError, match="there is no file or folder"):
