@@ -110,7 +110,9 @@ def load_questions(
     answers = [read_label(label) for label in labels]
     bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None}
     if bad:
-        raise UserError(f"{table.describe(bad, answer_column, 'which is not one number')}: correct or remove it.")
+        raise UserError(
+            f"{table.describe(bad, answer_column, 'which is not one number')}: correct or remove such rows."
+        )
     tokens = control_tokens(tokenizer)
     bad = {row: token for row, question in enumerate(questions) for token in tokens if token in question}
     if bad:
@@ -170,7 +172,7 @@ def check_questions(table: Table, column: str, word: str = "row") -> None:
     bad = {row: question for row, question in enumerate(questions) if not is_question(question)}
     if bad:
         raise UserError(
-            f"{table.describe(bad, column, 'which is empty or not text, so no question', word)}: correct or remove it."
+            f"{table.describe(bad, column, 'which is empty or not text, so no question', word)}: correct or remove such rows."
         )
     bad = {row: question for row, question in enumerate(questions) if re.search("[\ud800-\udfff]", question)}
     if bad:

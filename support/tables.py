@@ -74,7 +74,7 @@ class Table:
         )
         more = ", …" if len(bad) > 3 else ""
         source = files[0] if len(files) == 1 else f"{len(files)} files"
-        return f"{len(bad)} of {len(self)} {word}s of {source} have something in {name} {fault}: {rows}{more}"
+        return f"{len(bad)} of {len(self)} {word}s of {source} are bad: {rows}{more} in {name}, {fault}"
 
     def by_mark(self) -> dict[str, list[int]]:
         """The rows of each split, where a column `split` marks every row as one, and not all as the same."""

@@ -155,7 +155,9 @@ def test_asking_needs_no_labels(tmp_path, capsys):
     assert read_questions(str(tmp_path / "q.jsonl")) == (["1加1"] * 8, labels)
     (line,) = capsys.readouterr().out.splitlines()
     assert (
-        "4 of 8 rows of" in line and "row 1 has '两个', row 6 has '?', row 7 has '1 或 2', …: taken as unknown" in line
+        "4 of 8 rows of" in line
+        and "row 1 has '两个', row 6 has '?', row 7 has '1 或 2', … in answer, which is not one number: taken as unknown"
+        in line
     )
 
 

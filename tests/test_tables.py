@@ -297,7 +297,7 @@ def test_many_bad_labels_are_counted_and_three_are_named(load):
     rows = [{"question": f"{n}加1", "answer": bad.get(n, n)} for n in range(1, 13)]
     with pytest.raises(UserError) as error:
         load("q.jsonl", "\n".join(json.dumps(row) for row in rows))
-    assert "4 of 12 rows of " in str(error.value)
+    assert "4 of 12 rows of " in str(error.value) and "in answer, which is not one number" in str(error.value)
     assert "row 3 has '两个', row 5 has None, row 8 has '1 或 2', …" in str(error.value)
 
 
