@@ -1,19 +1,35 @@
 """gsm8k_chinese, or any set with its two columns, as prompts for GRPO.
 
-`load_questions` takes a hub id, a local folder (train.jsonl, test.jsonl, …) or one JSONL, JSON, CSV or Parquet file,
-and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and `answer` (str). `read_questions`
-takes a file of questions that need no answers, for infer.py.
+`load_questions` takes a hub id (`id:configuration` where it has several), a local folder (train.jsonl, test.jsonl, …) or one
+JSONL, JSON, CSV, TSV or Parquet file, and gives a `datasets.Dataset` with the columns `prompt` (system and user message) and
+`answer` (str). `read_questions` takes a file of questions that need no answers, for infer.py. support/tables.py reads files.
 """
 
-import glob
+import functools
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, DatasetDict, ReadInstruction, disable_progress_bars, load_dataset
 from datasets.utils.logging import CRITICAL, set_verbosity
 
 from rewards import label_number
 from support.errors import UserError
-from support.screen import say
+from support.places import check_cache, check_hub_name, find_local, kind_of
+from support.screen import say, say_once
+from support.tables import (
+    FILE_TYPES,
+    SPLIT_WORDS,
+    Table,
+    arrow_table,
+    join,
+    plain,
+    read_table,
+    shown,
+    split_files,
+)
 
 disable_progress_bars()  # a few thousand rows take a second
 set_verbosity(CRITICAL)  # what cannot be read is said once, by this file
@@ -21,11 +37,22 @@ set_verbosity(CRITICAL)  # what cannot be read is said once, by this file
 HUB_ID = "swulling/gsm8k_chinese"  # 7,473 train and 1,319 test questions, MIT licence
 REVISION = "main"  # of HUB_ID, a branch; put a commit here to pin the questions for good
 
-# Accepted names, the first that is there: the hub set's, then MGSM's, then what people call their own. The hub set's
-# `question` is English and its `answer` the English worked solution, so these come after.
-QUESTION_COLUMNS = ["question_zh-cn", "question", "problem", "问题", "text"]  # text: a line of a .txt file
-ANSWER_COLUMNS = ["answer_only", "answer_number", "answer", "label", "答案"]
+# Accepted names, the first that can serve. Chinese ones come before `question`, which is English in the hub set and in
+# GSM8K_zh; bare numbers before `answer`, a worked solution in both, in MGSM and in GSM8K, which ends in `#### 72`.
+QUESTION_COLUMNS = ["question_zh-cn", "question_zh", "question_cn", "question_chinese", "问题", "题目"]
+QUESTION_COLUMNS += ["question", "problem", "text"]  # text: a line of a .txt file
+ANSWER_COLUMNS = [
+    "answer_only",
+    "answer_number",
+    "final_answer",
+    "答案",
+    "answer",
+    "label",
+    "answer_zh-cn",
+    "answer_zh",
+]
 QUESTION_COLUMN, ANSWER_COLUMN = QUESTION_COLUMNS[0], ANSWER_COLUMNS[0]
+KNOWN_QUESTIONS = {plain(name) for name in QUESTION_COLUMNS}
 
 # The form that rewards.py scores, newline by newline.
 SYSTEM_PROMPT = """请按照如下格式回答：
@@ -36,17 +63,33 @@ SYSTEM_PROMPT = """请按照如下格式回答：
 ...
 </answer>"""
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
 
 def to_prompt(question: str, system_prompt: str = SYSTEM_PROMPT) -> list[dict[str, str]]:
     """The messages that the policy sees for `question`: the same in training, in evaluation and in infer.py."""
     return [{"role": "system", "content": system_prompt}, {"role": "user", "content": question}]
 
 
-def train_and_test_splits(dataset: str) -> tuple[str, str]:
-    """The names of the two splits. A single file has but one: its last tenth is held out."""
-    return ("train[:90%]", "train[90%:]") if Path(dataset).is_file() else ("train", "test")
+def control_tokens(tokenizer) -> list[str]:
+    """The tokens with which a conversation is written, and the tokenizer's other special ones.
+
+    A tokenizer takes `<|im_end|>` for the end of a message wherever it stands: in a question it would end the question, and
+    what follows would be a turn that nobody took. It cannot be escaped in a chat template, so such a question is refused.
+    """
+    frame = tokenizer.apply_chat_template(to_prompt("1"), add_generation_prompt=True, tokenize=False)
+    added = tokenizer.added_tokens_decoder.values()
+    return [t.content for t in added if (t.special or t.content in frame) and len(t.content.strip()) > 1]
+
+
+def read_label(value) -> Decimal | None:
+    """A label as a number, None if it is not one: what label_number reads, what follows `####`, and `1e3`."""
+    if isinstance(value, str):
+        value = value.rpartition("####")[2]
+        if re.fullmatch(r"\s*[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+\s*", value):  # as spreadsheets write large numbers
+            value = float(value)
+    return label_number(value)
+
+
+# --- questions ---------------------------------------------------------------------------------------
 
 
 def load_questions(
@@ -58,100 +101,190 @@ def load_questions(
     Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: newer
     TRL does not cut prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
     """
-    rows = load_rows(dataset, split)
-    question_column = find_column(rows, QUESTION_COLUMNS, dataset)
-    answer_column = find_column(rows, ANSWER_COLUMNS, dataset)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row[question_column], str) or not row[question_column].strip():
-            raise UserError(
-                f"row {number} of {dataset} ({split}) has no question in {question_column}: remove the row."
-            )
-        if label_number(row[answer_column]) is None:
-            raise UserError(
-                f"row {number} of {dataset} ({split}) has {row[answer_column]!r} in {answer_column}, "
-                "which is not one number: correct the row or remove it."
-            )
-    questions = rows.map(
-        lambda row: {
-            "prompt": to_prompt(row[question_column], system_prompt),
-            "answer": f"{label_number(row[answer_column]):f}",
-        },
-        remove_columns=rows.column_names,
-    )
-    fitting = questions.filter(
-        lambda row: (
-            len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
-            <= max_prompt_length
+    table = load_rows(dataset, split)
+    question_column = find_column(table, QUESTION_COLUMNS, dataset, is_question)
+    answer_column = find_column(table, ANSWER_COLUMNS, dataset, lambda label: read_label(label) is not None)
+    say_columns(table, [question_column, answer_column], dataset)
+    check_questions(table, question_column)
+    questions, labels = table.columns[question_column], table.columns[answer_column]
+    answers = [read_label(label) for label in labels]
+    bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None}
+    if bad:
+        raise UserError(
+            f"{table.describe(bad, answer_column, 'which is not one number')}: correct or remove such rows."
         )
-    )
-    if len(fitting) == 0:
+    tokens = control_tokens(tokenizer)
+    bad = {row: token for row, question in enumerate(questions) for token in tokens if token in question}
+    if bad:
+        fault = "which the model would take for a control token"
+        raise UserError(f"{table.describe(bad, question_column, fault)}: remove it from the question.")
+    prompts = [to_prompt(question, system_prompt) for question in questions]
+    fitting = [
+        row
+        for row, prompt in enumerate(prompts)
+        if len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        <= max_prompt_length
+    ]
+    if not fitting:
         raise UserError(
             f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens, the recipe's max_prompt_length: raise it."
         )
-    if len(fitting) < len(questions):
+    if len(fitting) < len(prompts):
         say(
-            f"{split}: dropped {len(questions) - len(fitting)} of {len(questions)} questions, longer than {max_prompt_length} tokens"
+            f"{split}: dropped {len(prompts) - len(fitting)} of {len(prompts)} questions, longer than {max_prompt_length} tokens"
         )
-    return fitting
-
-
-def read_questions(file: str) -> tuple[list[str], list]:
-    """The questions of a JSONL, JSON, CSV, Parquet or text file, and their answers, None where it has no such column."""
-    if not Path(file).is_file():
-        raise UserError(f"there is no file {file}.")
-    rows = load_rows(file, "train")
-    questions = rows[find_column(rows, QUESTION_COLUMNS, file)][:]
-    labels = next((rows[name][:] for name in ANSWER_COLUMNS if name in rows.column_names), [None] * len(questions))
-    if file.endswith(".txt"):
-        questions = [question.strip("\ufeff") for question in questions if question.strip("\ufeff \t")]
-        labels = [None] * len(questions)
-    for number, (question, label) in enumerate(zip(questions, labels, strict=True), start=1):
-        if not isinstance(question, str) or not question.strip():
-            raise UserError(f"question {number} of {file} is empty or not text: correct or remove it.")
-        if label is not None and label_number(label) is None:
-            raise UserError(
-                f"question {number} of {file} has the answer {label!r}, which is not one number: correct it."
-            )
-    if not questions:
-        raise UserError(f"there is no question in {file}.")
-    return questions, labels
-
-
-def find_column(rows: Dataset, names: list[str], dataset: str) -> str:
-    """The first of `names` that is a column of `rows`. Raises UserError where none is."""
-    for name in names:
-        if name in rows.column_names:
-            return name
-    raise UserError(
-        f"{dataset} has no column {' or '.join(names)}: it has {', '.join(rows.column_names)}. "
-        f"Rename the one that is meant to {names[0]}."
+    return Dataset.from_dict(
+        {"prompt": [prompts[row] for row in fitting], "answer": [f"{answers[row]:f}" for row in fitting]}
     )
 
 
-def load_rows(dataset: str, split: str) -> Dataset:
-    """The rows of a hub id, folder or file as they are. Raises UserError where they cannot be loaded."""
-    path = Path(dataset)
+def read_questions(file: str) -> tuple[list[str], list]:
+    """The questions of a file and their answers as numbers, None where there is none; a label that is not one counts as none."""
+    if (kind := kind_of(file)) != "file":
+        raise UserError(f"{file} is {kind}, and no file." if kind else f"there is no file {shown(file, 200)}.")
+    table = read_table(Path(file), KNOWN_QUESTIONS)
+    if not len(table):
+        raise UserError(f"{file} has no questions.")
+    question_column = find_column(table, QUESTION_COLUMNS, file, is_question)
+    check_questions(table, question_column, word="question")
+    questions, answers = table.columns[question_column], [None] * len(table)
+    used = [question_column]
+    if any(plain(name) in table.columns for name in ANSWER_COLUMNS):
+        answer_column = find_column(table, ANSWER_COLUMNS, file, lambda label: read_label(label) is not None)
+        used.append(answer_column)
+        labels = table.columns[answer_column]
+        answers = [read_label(label) for label in labels]
+        bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None and labels[row] is not None}
+        if bad:  # asking needs no labels
+            say(f"labels      {table.describe(bad, answer_column, 'which is not one number')}: taken as unknown")
+    say_columns(table, used, file)
+    whole = [None if n is None else int(n) if n == n.to_integral_value() else float(n) for n in answers]
+    return questions, whole
+
+
+def is_question(value) -> bool:
+    return isinstance(value, str) and any(map(str.isalnum, value))
+
+
+def check_questions(table: Table, column: str, word: str = "row") -> None:
+    """Raises UserError where there is no question, or one with bytes that are no text (surrogates, see tables.decode)."""
+    questions = table.columns[column]
+    bad = {row: question for row, question in enumerate(questions) if not is_question(question)}
+    if bad:
+        raise UserError(
+            f"{table.describe(bad, column, 'which is empty or not text, so no question', word)}: correct or remove such rows."
+        )
+    bad = {row: question for row, question in enumerate(questions) if re.search("[\ud800-\udfff]", question)}
+    if bad:
+        raise UserError(
+            f"{table.describe(bad, column, 'which is not in UTF-8', word)}: save the file in UTF-8 and correct it."
+        )
+
+
+# --- columns -----------------------------------------------------------------------------------------
+
+
+def find_column(table: Table, names: list[str], dataset: str, can_serve: Callable[[object], bool]) -> str:
+    """The first of `names` that is a column with a value that can serve. Raises UserError where none is a column."""
+    there = [plain(name) for name in names if plain(name) in table.columns]
+    if not there:
+        has = ", ".join(shown(name, 30) for name in list(table.names.values())[:12]) or "none"
+        raise UserError(
+            f"{dataset} has no column {' or '.join(names)}: it has {has}. Rename the one that is meant to {names[0]}."
+        )
+    return next((column for column in there if any(map(can_serve, table.columns[column]))), there[0])
+
+
+def say_columns(table: Table, used: list[str], dataset: str) -> None:
+    """One line on which columns were taken, where there are more."""
+    if len(table.names) > len(used):
+        taken = " and ".join(table.names[column] for column in used)
+        every = ", ".join(shown(name, 30) for name in list(table.names.values())[:12])
+        say_once(f"columns     {taken}, of {every}{', …' if len(table.names) > 12 else ''}", about=dataset)
+
+
+# --- splits ------------------------------------------------------------------------------------------
+
+
+def train_and_test_splits(dataset: str) -> tuple[str, str]:
+    """The names of the two splits; `validation` stands in for `test`. Of a set with one split the last tenth is held out."""
+    names = list(splits_of(dataset))
+    kinds = {SPLIT_WORDS.get(plain(name), name): name for name in reversed(names)}
+    held_out = kinds.get("test") or kinds.get("validation")
+    if held_out and len(names) > 1:
+        return kinds.get("train", "train"), held_out
+    only = kinds.get("train", names[0])
+    if kind_of(find_local(dataset)) != "file":
+        say_once(f"split       {', '.join(names)} is all there is: the last tenth of {only} is held out", about=dataset)
+    return f"{only}[:90%]", f"{only}[90%:]"
+
+
+def load_rows(dataset: str, split: str) -> Table:
+    """The rows of a split, or of a slice or a sum of splits as `datasets` writes them. Raises UserError where there are none."""
+    splits = splits_of(dataset)
+    names = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
+    if not splits.keys() >= set(names):
+        raise UserError(f"cannot load the split {split} of {dataset}: it has {', '.join(splits)}.")
+    tables = {name: splits[name]() for name in names}
     try:
-        if path.is_file():
-            if path.suffix not in FILE_TYPES:
-                raise UserError(f"cannot read {dataset}: its name ends in none of {', '.join(FILE_TYPES)}.")
-            if path.stat().st_size == 0:
-                raise UserError(f"{dataset} is empty.")
-            return load_dataset(FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split=split)
-        if path.is_dir():
-            return load_dataset(str(path), split=split)
-        if path.is_absolute() or path.suffix in FILE_TYPES or dataset.startswith("."):
-            raise UserError(f"there is no file or folder {dataset}.")
-        return load_dataset(dataset, split=split, revision=REVISION if dataset == HUB_ID else None)
-    except UserError:
-        raise
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(table) for name, table in tables.items()})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{split} is no split: write it as train, test[:100] or train[90%:].") from error
+    table = join([tables[part.splitname].pick(range(part.from_, part.to)) for part in parts])
+    if not len(table):
+        held_out = ": give a file of five questions or more, as its last tenth is held out" if "%" in split else ""
+        raise UserError(f"{dataset} has no questions in its split {split}{held_out}.")
+    return table
+
+
+def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
+    """The splits of a hub id, folder or file, each with what reads it. One that is all there is may be cut by its column `split`."""
+    found = find_local(dataset)
+    path, kind = Path(found), kind_of(found)
+    if kind == "folder":
+        readers = {split: partial(read_files, files) for split, files in split_files(path).items()}
+    elif kind == "file":
+        readers = {"train": partial(read_files, [path])}
+    elif kind or path.is_absolute() or path.suffix.lower() in FILE_TYPES or dataset.startswith(".") or "://" in dataset:
+        raise UserError(
+            f"{dataset} is {kind}: give a file or a folder."
+            if kind
+            else f"there is no file or folder {shown(dataset, 200)}."
+        )
+    else:
+        sets = load_from_hub(dataset)
+        readers = {
+            split: partial(arrow_table, rows.with_format("arrow")[:], f"{dataset} ({split})")
+            for split, rows in sets.items()
+        }
+    if len(readers) > 1:
+        return readers
+    ((name, read),) = readers.items()
+    table = read()
+    marked = table.by_mark()
+    if not marked:
+        return {name: lambda: table}
+    counts = ", ".join(f"{len(rows)} {mark}" for mark, rows in marked.items())
+    say_once(f"split       by the column {table.names['split']}: {counts}", about=dataset)
+    return {mark: partial(table.pick, rows) for mark, rows in marked.items()}
+
+
+def read_files(files: list[Path]) -> Table:
+    return join([read_table(file, KNOWN_QUESTIONS) for file in files])
+
+
+@functools.cache  # a run asks for the names of the splits, for one and for the other
+def load_from_hub(dataset: str) -> DatasetDict:
+    """All splits of a set on the hub. Raises UserError where it cannot be loaded."""
+    name, _, configuration = dataset.partition(":")
+    check_hub_name(name)
+    check_cache()
+    try:
+        return load_dataset(name, configuration or None, revision=REVISION if name == HUB_ID else None)
     except Exception as error:  # load_dataset raises a dozen types, of four libraries
         reason = " ".join(f"{error.__cause__ or error or type(error).__name__}".split())
-        if "corresponds to no data" in reason or "BatchSize must be" in reason:  # what datasets says of empty splits
-            held_out = ": give a file of five questions or more, as its last tenth is held out" if "%" in split else ""
-            raise UserError(f"{dataset} has no questions in its split {split}{held_out}.") from error
-        if path.exists():
-            raise UserError(f"cannot load the split {split} of {dataset}: {reason}") from error
+        if "Config name is missing" in reason:
+            raise UserError(f"{name} holds several sets: give one, like {name}:NAME. {reason}") from error
         raise UserError(
             f"cannot load {dataset} from the Hugging Face hub: {reason} "
             "Check the name and the network, or give a local folder or file with --dataset."

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from data import load_questions, read_questions, to_prompt, train_and_test_splits
+from data import control_tokens, load_questions, read_questions, to_prompt, train_and_test_splits
 from rewards import REWARD_FUNCS
 from support.adapters import add_adapter, check_adapter, recipe_of
 from support.asking import StreamedAnswer, parse_arguments, resume_output, show, to_record
@@ -91,7 +91,11 @@ def main() -> None:
     context = recipe.max_prompt_length + recipe.max_completion_length
     context = min(context, model.config.max_position_embeddings)
 
-    def check_length(prompt: list, name: str) -> None:
+    forbidden = control_tokens(tokenizer)
+
+    def check_prompt(prompt: list, name: str) -> None:
+        if token := next((token for token in forbidden if token in prompt[-1]["content"]), None):
+            raise UserError(f"{name} holds {token}, which the model would take for a control token: leave it out.")
         length = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
         if length + recipe.max_completion_length > context:
             raise UserError(
@@ -111,7 +115,7 @@ def main() -> None:
         except UnicodeEncodeError as error:  # bytes that are not UTF-8 arrive as lone surrogates
             raise UserError("the question is not in UTF-8: set the terminal to it, or convert the file.") from error
         prompt = to_prompt(question, recipe.system_prompt)
-        check_length(prompt, "the question")
+        check_prompt(prompt, "the question")
         if args.show_prompt:
             say(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
         answers = {}
@@ -129,7 +133,7 @@ def main() -> None:
     if args.input:
         prompts = [to_prompt(question, recipe.system_prompt) for question in questions]
         for number, prompt in enumerate(prompts, start=1):
-            check_length(prompt, f"question {number} of {args.input}")
+            check_prompt(prompt, f"question {number} of {args.input}")
         batch = max((512 if GPU else 64) // args.samples, 1)
         doing("answering", f"{len(prompts)} questions", total=len(prompts))
         for start in range(done, len(prompts), batch):
@@ -183,11 +187,14 @@ def main() -> None:
 
 def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
     """--eval: prints the figures of each policy, and writes them to --json."""
-    if Path(args.eval).is_file():
-        dataset, split = args.eval, "train"
+    is_file = Path(args.eval).is_file()
+    dataset = args.eval if is_file else recipe.dataset
+    train_split, test_split = train_and_test_splits(dataset)
+    if is_file:  # all of it, or, where a column marks some rows as held out, these
+        split = "train" if "%" in test_split else test_split
+    elif train_split == "test[:90%]":  # test is all there is
+        split = args.eval
     else:
-        dataset = recipe.dataset
-        train_split, test_split = train_and_test_splits(dataset)
         split = {"train": train_split, "test": test_split}.get(args.eval, args.eval)
     questions = load_questions(dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
     questions = questions.select(range(min(args.limit or len(questions), len(questions))))

@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data import FILE_TYPES
 from rewards import REWARD_FUNCS, label_number
 from support import screen
 from support.errors import UserError, fail
 from support.evaluation import is_majority_right, majority, vote
 from support.screen import say
+from support.tables import FILE_TYPES
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -80,7 +80,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         raise UserError("--json takes the figures of --eval: give both.")
     if args.json and args.json.exists() and Path(args.eval).exists() and args.json.samefile(args.eval):
         raise UserError(f"--json {args.json} would write over the questions of --eval: give another file.")
-    if args.eval and Path(args.eval).suffix in FILE_TYPES and not Path(args.eval).is_file():
+    if args.eval and Path(args.eval).suffix.lower() in FILE_TYPES and not Path(args.eval).is_file():
         raise UserError(f"there is no file {args.eval}.")
     if args.model and (Path(args.model) / "adapter_config.json").is_file():
         raise UserError(f"--model {args.model} is an adapter: give it as --adapter {args.model}.")

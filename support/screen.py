@@ -7,6 +7,7 @@ script calls `start` before it imports them: the file descriptors 1 and 2 then l
 
 import atexit
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -108,6 +109,12 @@ def say(text: str, end: str = "\n") -> None:
     done()
     output().write(text + end)
     output().flush()
+
+
+@functools.cache
+def say_once(text: str, about: str) -> None:
+    """`say`, but once a process: what is true of a file that is read more than once. `about`: which one."""
+    say(text)
 
 
 def note(text: str) -> None:

@@ -146,11 +146,25 @@ def test_questions_of_every_kind_of_file(tmp_path):
     assert read_questions(str(tmp_path / "q.jsonl")) == (["1加1"], [None])
 
 
+def test_asking_needs_no_labels(tmp_path, capsys):
+    rows = [
+        {"question": "1加1", "answer": a} for a in ("两个", None, "1 + 1 = 2\n#### 2", 2.5, "1,080", "?", "1 或 2", "…")
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    labels = [None, None, 2, 2.5, 1080, None, None, None]
+    assert read_questions(str(tmp_path / "q.jsonl")) == (["1加1"] * 8, labels)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert (
+        "4 of 8 rows of" in line
+        and "row 1 has '两个', row 6 has '?', row 7 has '1 或 2', … in answer, which is not one number: taken as unknown"
+        in line
+    )
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
         ("q.jsonl", '{"question": "1加1"}\n{"question": " "}\n', "question 2"),
-        ("q.jsonl", '{"question": "1加1", "answer": "两个"}\n', "not one number"),
         ("q.jsonl", '{"frage": "1加1"}\n', "no column"),
         ("q.jsonl", "{", "cannot load"),
         ("q.csv", "问题\n", "has no questions"),
