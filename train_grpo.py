@@ -67,6 +67,7 @@ from support.divergence import DivergenceCheck
 from support.engine import engine_arguments, own_lora_folder
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
+from support.places import find_model
 from support.report import Report, installed_versions, recording
 from support.screen import doing, say
 from support.settings import Recipe, parse_recipe
@@ -85,14 +86,15 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
     `max_num_seqs`: how many completions vLLM generates at once.
     """
     check_machine(recipe)
+    name = find_model(recipe.model)
     try:
         if not GPU:
-            model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(name)
         else:
             share = limit_memory(recipe)
             model, tokenizer = FastLanguageModel.from_pretrained(
-                recipe.model,
+                name,
                 max_seq_length=recipe.max_prompt_length + recipe.max_completion_length,
                 load_in_4bit=recipe.load_in_4bit,
                 dtype=compute_dtype(recipe),
@@ -211,8 +213,9 @@ def run(recipe: Recipe) -> None:
 
     # Preflight: all that can be known before anything slow.
     check_machine(recipe)
+    name = find_model(recipe.model)
     try:
-        model_config, tokenizer = AutoConfig.from_pretrained(recipe.model), AutoTokenizer.from_pretrained(recipe.model)
+        model_config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except MODEL_ERRORS as error:
         raise model_error(recipe.model, error) from error
     tokenizer = prepare_tokenizer(tokenizer, recipe.model)
@@ -291,7 +294,7 @@ def main() -> None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of GPU memory: {memory_advice(recipe)}") from error
+        raise UserError(f"out of GPU memory: {memory_advice(recipe, error=error)}") from error
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from support.errors import UserError
+from support.places import find_model
 from support.preflight import GPU
 from support.screen import note
 from support.settings import Recipe, load_recipe
@@ -54,7 +55,7 @@ def recipe_of(adapter: Path) -> tuple[Recipe, str]:
 def check_adapter(adapter: Path, model: str) -> None:
     """Raises UserError where the LoRA in `adapter` does not fit `model`: other layers, other widths."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(find_model(model))
         with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     except Exception as error:  # safetensors and transformers raise their own types
@@ -75,7 +76,11 @@ def check_adapter(adapter: Path, model: str) -> None:
 def add_adapter(model, adapter: Path):
     """`model` with the LoRA in the folder `adapter`. Raises UserError where they do not go together."""
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        with_adapter = PeftModel.from_pretrained(model, adapter)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter {adapter} cannot be put into this model: {reason}") from error
+    for name, weights in with_adapter.named_parameters():
+        if ".lora_" in name:  # PEFT makes them float32, in which DoRA's answers would leave each layer
+            weights.data = weights.data.to(model.dtype)
+    return with_adapter

@@ -103,11 +103,13 @@ def limit_memory(recipe: Recipe) -> float:
     return recipe.gpu_memory_utilization * cap / total
 
 
-def memory_advice(recipe: Recipe, resumed: bool = False) -> str:
+def memory_advice(recipe: Recipe, resumed: bool = False, error: Exception | None = None) -> str:
     """Flags that save memory in training, with values, less those that are as low as they go, or that a resumed run keeps.
 
-    Not vLLM's share: it may be too large for training or too small for vLLM, and an error does not tell which.
+    Of vLLM's share only where the `error` is vLLM's about its cache: no other tells whether the share is too large or too small.
     """
+    if error and "memory for the cache" in str(error):
+        return f"vLLM's share has no room for its cache: try --gpu_memory_utilization {min(recipe.gpu_memory_utilization + 0.1, 0.95):g}."
     completions = recipe.prompts_per_step * recipe.num_generations
     lower = {
         "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),

@@ -27,6 +27,14 @@ def find_local(name: str) -> str:
     return beside
 
 
+def find_model(name: str) -> str:
+    """What to load the model `name` from: a folder here or beside the scripts, else its name on the hub."""
+    found = find_local(name)
+    if not kind_of(found):
+        check_cache()
+    return found
+
+
 def kind_of(name: str) -> str:
     """What is at the path `name`: `file`, `folder`, `a pipe or a device`, or nothing (an empty string)."""
     try:

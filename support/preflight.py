@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from support.errors import UserError
 from support.memory import CUDA_GIB, GIB, check_memory, estimate_memory, parameter_counts
+from support.places import find_model
 from support.screen import say
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def check_disk(lora_gib: float, recipe: Recipe) -> None:
 
 def check_disk_for_model(weight_gib: float, recipe: Recipe) -> None:
     """Raises UserError where the model has to be downloaded and the hub's cache has no room for it."""
-    if Path(recipe.model).is_dir():
+    if Path(find_model(recipe.model)).is_dir():
         return
     config = try_to_load_from_cache(recipe.model, "config.json")
     if isinstance(config, str) and any(Path(config).parent.glob("*model*.safetensors")):

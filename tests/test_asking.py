@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_runs import in_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from data import to_prompt
 from infer import main
-from support.adapters import check_adapter
+from support.adapters import check_adapter, recipe_of
+from support.engine import adapter_name, own_lora_folder
 from support.errors import UserError
 from support.evaluation import generate
 from support.settings import load_recipe
@@ -263,6 +268,104 @@ def test_an_adapter_of_other_ranks(infer, adapter, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(UserError, match="cannot be put into this model"):
         infer("--adapter", tmp_path, "--model", "tiny", QUESTION)
+
+
+@pytest.mark.parametrize("path", [".", "../adapter", "../../link/adapter", "../../only"])
+def test_an_adapter_finds_its_recipe_through_any_path(infer, adapter, tmp_path, monkeypatch, path):
+    shutil.copytree(adapter.parent, tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("max_completion_length: 64", "max_completion_length: 5"))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "only").symlink_to(tmp_path / "run" / "adapter")
+    monkeypatch.chdir(tmp_path / "run" / "adapter")
+    assert "<answer>" not in infer("--adapter", path, QUESTION)  # five tokens do not get there
+
+
+def test_an_adapter_without_its_recipe_says_so(adapter, tmp_path, capsys):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    recipe, base = recipe_of(tmp_path / "adapter")
+    assert (recipe.max_completion_length, base) == (256, "tiny")
+    assert "no recipe.yaml beside" in capsys.readouterr().err
+    recipe_of(adapter)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [3]},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2], "r": 4, "lora_alpha": 16},
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 24}},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["one layer", "two layers", "MLP", "DoRA", "ranks", "a whole layer"],
+)
+def test_a_lora_of_any_shape_answers(infer, tmp_path, options):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("tiny"), LoraConfig(**{"r": 8, **options}))
+    torch.manual_seed(0)
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=3)
+    model.save_pretrained(tmp_path / "adapter")
+    text = infer("--adapter", tmp_path / "adapter", "--compare", "--max_new_tokens", 12, QUESTION)
+    rows = [line.split("│")[1:3] for line in text.splitlines() if line.startswith("│")]
+    assert any(base.strip() != adapter.strip() for base, adapter in rows)
+    assert recipe_of(tmp_path / "adapter")[0].lora_rank == (24 if "rank_pattern" in options else options.get("r", 8))
+
+
+def test_an_adapter_that_is_no_lora_is_told_so(infer, tmp_path):
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained("tiny"), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="is an adapter of the kind IA3, and this script takes LoRAs only"):
+        infer("--adapter", tmp_path / "adapter", QUESTION)
+
+
+def test_a_tokenizer_without_a_pad_token_serves_everywhere(infer, monkeypatch, tmp_path):
+    """Llama's has none. Training, asking, measuring: the same code prepares it."""
+    shutil.copytree("tiny", tmp_path / "model")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+        if (path := tmp_path / "model" / name).exists():
+            content = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("pad_")}
+            path.write_text(json.dumps(content))
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token is None
+    model, out = ["--model", tmp_path / "model"], tmp_path / "out"
+    in_process(monkeypatch, *model, "--max_steps", 1, "--output_dir", out)
+    evaluation = ["--dataset", "tiny/questions", "--eval", "test", "--limit", 5, "--max_new_tokens", 24]
+    for which in (model, ["--adapter", out / "adapter"]):
+        assert "— answer" in infer(*which, QUESTION)
+        infer(*which, *evaluation, "--json", tmp_path / "e.json")
+        measured = json.loads((tmp_path / "e.json").read_text())
+        infer("--model", "tiny", *evaluation, "--json", tmp_path / "tiny.json")
+        if which == model:  # the padding changes nothing
+            assert measured == json.loads((tmp_path / "tiny.json").read_text())
+
+
+def test_two_adapters_never_share_a_name_in_vllm(adapter, tmp_path):
+    """vLLM keeps weights under the id and cached keys and values under the name: neither may be another adapter's."""
+    shutil.copytree(adapter, tmp_path / "copy")
+    assert adapter_name(tmp_path / "copy") == adapter_name(adapter)  # the same content in another folder
+    names = [adapter_name(tmp_path / "copy")]
+    weights = load_file(tmp_path / "copy" / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    save_file(weights, tmp_path / "copy" / "adapter_model.safetensors")  # trained on, in the same folder
+    names.append(adapter_name(tmp_path / "copy"))
+    config = tmp_path / "copy" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 3}))  # counts another number of times
+    names.append(adapter_name(tmp_path / "copy"))
+    assert len({name for name, _ in names}) == len({number for _, number in names}) == 3
+    assert all(2**30 <= number < 2**31 for _, number in names)  # 31 bits; unsloth's own ids count from 1
+
+
+def test_two_runs_in_one_working_directory_do_not_share_unsloths_folder():
+    """unsloth hands over a fixed name, relative to the working directory; load_lora gets a folder of the run's own."""
+    used = []
+    for _ in range(2):
+        model = own_lora_folder(SimpleNamespace(load_lora=lambda folder, load_tensors: used.append(folder)))
+        model.load_lora("grpo_trainer_lora_model", load_tensors=True)
+        assert Path(used[-1]).is_dir() and Path(used[-1]).is_absolute()
+    assert used[0] != used[1]
 
 
 def test_labels_that_are_no_numbers_do_not_stop_the_asking(infer, tmp_path):

@@ -268,3 +268,8 @@ def test_memory_grows_with_what_the_advice_lowers():
     lowest = Recipe(micro_batch_size=1, max_completion_length=64, lora_rank=8)
     assert memory_advice(lowest) == "take a smaller --model."
     assert "--gradient_checkpointing true" in memory_advice(Recipe(gradient_checkpointing=False))
+
+
+def test_where_vllm_finds_no_room_its_share_is_what_to_raise():
+    error = RuntimeError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.")
+    assert memory_advice(Recipe(gpu_memory_utilization=0.4), error=error).endswith("try --gpu_memory_utilization 0.5.")

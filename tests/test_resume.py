@@ -1,5 +1,6 @@
 """A run that was killed and resumed is the run that was never killed: step by step, and in its weights."""
 
+import errno
 import json
 import re
 import shutil
@@ -12,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_runs import SHORT, TINY, in_process, jsonl
+from transformers import AutoTokenizer
 
+import train_grpo
+from data import load_questions
 from support.checkpoints import (
     checkpoints,
     command,
@@ -297,3 +301,92 @@ def test_the_order_of_the_questions_goes_on_after_the_first_epoch():
     assert order[:5] != order[5:10]
     recipe.max_steps = 4
     assert training_questions(questions, recipe)["prompt"][:] == order[:8]
+
+
+# --- nothing is lost, nothing comes twice ----------------------------------------------------------
+
+
+def contents(folder):
+    """Every file of a run, but for the log and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("libraries.log", ".lock"))
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("where", ["load_base_model", "measure", "Trainer", "_inner_training_loop", "compute_loss"])
+def test_a_resumed_run_that_fails_before_its_first_step_is_done_changes_nothing(
+    reference, tmp_path, monkeypatch, where
+):
+    """From an older checkpoint, with other settings: the newer checkpoints, the adapter and the figures stay."""
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    before = contents(out)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_grpo if hasattr(train_grpo, where) else train_grpo.Trainer, where, fail)
+    changed = ["--max_completion_length", 20, "--micro_batch_size", 2]
+    with pytest.raises(UserError, match="out of GPU memory"):
+        resume(monkeypatch, out, "--resume", out / "checkpoint-9", *changed)
+    assert contents(out) == before
+    monkeypatch.undo()
+    resume(monkeypatch, out, "--resume", out / "checkpoint-9", "--max_steps", 10)
+    assert [line["step"] for line in jsonl(out / "metrics.jsonl")] == list(range(1, 11))
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-10", "checkpoint-9", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_file_cut_at_any_byte_is_read_up_to_its_last_whole_line(reference, tmp_path, name):
+    content = (reference / name).read_bytes()
+    start = content.index("小".encode()) if name == "samples.jsonl" else 0
+    for end in [*range(start, min(start + 1500, len(content))), len(content)]:
+        (tmp_path / name).write_bytes(content[:end])
+        assert len(read_json_lines(tmp_path / name)) == content[:end].count(b"\n")
+
+
+def test_a_run_cut_inside_a_character_continues(half, reference, monkeypatch):
+    content = (half / "samples.jsonl").read_bytes()
+    at = content.rindex("小".encode()) + 1
+    (half / "samples.jsonl").write_bytes(content[:at])
+    resume(monkeypatch, half, "--resume", half / "checkpoint-6")
+    assert_same_run(half, reference)
+
+
+def test_other_prompts_a_step_go_on_with_the_questions_not_used_yet(half, monkeypatch):
+    """Nine steps of two questions, then steps of three: the nineteenth is next, and in a further run the twenty-fifth."""
+    resume(monkeypatch, half, "--resume", "--prompts_per_step", 3, "--num_generations", 4, "--max_steps", 11)
+    resume(monkeypatch, half, "--resume", "--prompts_per_step", 1, "--num_generations", 4, "--max_steps", 14)
+    questions = [sample["question"] for sample in jsonl(half / "samples.jsonl")][::4]
+    recipe = load_recipe(half / "recipe.yaml")
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    train = load_questions(recipe.dataset, "train", tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    order = train.shuffle(seed=recipe.seed)["prompt"][: 9 * 2 + 2 * 3 + 3 * 1]
+    assert questions == [prompt[-1]["content"] for prompt in order]
+    newest = json.loads((half / "checkpoint-14" / "complete.json").read_text())
+    assert newest["questions"] == len(order)
+
+
+def test_a_second_run_in_a_folder_is_stopped_and_a_killed_one_is_not_in_the_way(half, monkeypatch, tmp_path):
+    hold = "import sys, time; from pathlib import Path; from support.checkpoints import hold\n"
+    hold += "lock = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold, half], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    before = contents(half)
+    for arguments in ([], ["--resume"], ["--resume", "auto"], ["--resume", half / "checkpoint-6"]):
+        with pytest.raises(UserError, match="another process is training in") as error:
+            resume(monkeypatch, half, *arguments)
+        assert "\n" not in str(error.value)
+    assert contents(half) == before
+    other.kill()
+    other.wait()
+    resume(monkeypatch, half, "--resume", "--max_steps", 10)
+    assert len(jsonl(half / "metrics.jsonl")) == 10
+
+
+def test_a_file_system_without_locks_holds_nobody_up(half, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    resume(monkeypatch, half, "--resume", "--max_steps", 10)
+    assert len(jsonl(half / "metrics.jsonl")) == 10
