@@ -103,12 +103,15 @@ def output() -> TextIO:
 
 def say(text: str, end: str = "\n") -> None:
     """Prints `text`, and ends the line that counts seconds, but for a bar, which stays below."""
-    if _live and _live.tasks[0].total:
-        _live.console.out(text, highlight=False, end=end)
-        return
-    done()
-    output().write(text + end)
-    output().flush()
+    try:
+        if _live and _live.tasks[0].total:
+            _live.console.out(text, highlight=False, end=end)
+        else:
+            done()
+            output().write(text + end)
+            output().flush()
+    except RuntimeError:  # reentrant: this is a signal's handler, and the signal came while a line was being written
+        os.write(output().fileno(), f"\n{text}{end}".encode())
 
 
 @functools.cache
