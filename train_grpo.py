@@ -8,12 +8,15 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
   - raise the probability of the tokens of answers that beat their group, lower the others';
   - no KL term: the LoRA is small and the run is short. Every answer is used once, so nothing is clipped.
 
-    python train_grpo.py                                          a free Colab T4 or better, the settings below
+    python train_grpo.py                                          a free Colab T4 or better, the default settings
     python train_grpo.py --config recipes/24gb.yaml --max_steps 500
     python train_grpo.py --config recipes/tiny.yaml               a tiny policy, no GPU, a few minutes
     python train_grpo.py --help                                   every setting
 
-The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation.
+The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation. What is not in this file: every
+number of a run and its default (support/settings.py, recipes/*.yaml), checks and the memory estimate (preflight.py,
+memory.py), what is printed and written for each step (step_report.py), schedules of the learning rate (schedule.py), going
+on after an interruption (stopping.py, resuming.py), accuracy (evaluation.py).
 """
 
 from support import screen  # before what prints, as every library below does
@@ -62,15 +65,16 @@ from trl import GRPOConfig
 
 from data import load_questions, train_and_test_splits
 from rewards import REWARD_FUNCS
-from support.checkpoints import find_start, hold
 from support.divergence import DivergenceCheck
 from support.engine import engine_arguments, own_lora_folder
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.places import find_model
-from support.report import Report, installed_versions, recording
+from support.resuming import find_start, hold
+from support.schedule import schedule_arguments
 from support.screen import doing, say
 from support.settings import Recipe, parse_recipe
+from support.step_report import Report, installed_versions, recording
 from support.stopping import Saving
 from support.trainer import Trainer
 
@@ -106,13 +110,15 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
     return model, prepare_tokenizer(tokenizer, recipe.model)
 
 
+def lora_arguments(recipe: Recipe) -> dict:
+    """PEFT's settings: a LoRA on all seven linear layers."""
+    alpha = recipe.lora_alpha or recipe.lora_rank
+    return {"r": recipe.lora_rank, "lora_alpha": alpha, "target_modules": LORA_TARGETS}
+
+
 def attach_lora(model, recipe: Recipe):
-    """A fresh LoRA on all seven linear layers; B is zero, so that the policy starts as the base model."""
-    lora = {
-        "r": recipe.lora_rank,
-        "lora_alpha": recipe.lora_alpha or recipe.lora_rank,
-        "target_modules": LORA_TARGETS,
-    }
+    """`model` with a fresh LoRA; its B is zero, so that the policy starts as the base model."""
+    lora = lora_arguments(recipe)
     if GPU:
         checkpointing = "unsloth" if recipe.gradient_checkpointing else False
         model = FastLanguageModel.get_peft_model(
@@ -152,9 +158,7 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "beta": recipe.beta,
         "epsilon": recipe.epsilon,
         "epsilon_high": recipe.epsilon,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.lr_scheduler,
-        "warmup_steps": round(recipe.warmup_ratio * recipe.max_steps),  # transformers 5 has no warmup_ratio
+        **schedule_arguments(recipe),
         "optim": recipe.optim,
         "adam_beta1": recipe.adam_beta1,
         "adam_beta2": recipe.adam_beta2,

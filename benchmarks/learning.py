@@ -32,7 +32,7 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
 
     from data import load_questions, train_and_test_splits
     from support.evaluation import measure as measure_policy
-    from support.report import Report
+    from support.step_report import Report
 
     config, *own = shlex.split(config)
     recipe = train_grpo.parse_recipe(["--config", config, *settings, *own])

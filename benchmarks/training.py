@@ -125,10 +125,8 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
     class Timed(GRPOTrainer if plain or all_answers else train_grpo.Trainer):
         def __init__(self, model, **kwargs):
             if plain:
-                rank = recipe.lora_rank
-                kwargs["peft_config"] = train_grpo.LoraConfig(
-                    r=rank, lora_alpha=rank, target_modules=train_grpo.LORA_TARGETS, task_type="CAUSAL_LM"
-                )
+                lora = train_grpo.lora_arguments(recipe)
+                kwargs["peft_config"] = train_grpo.LoraConfig(**lora, task_type="CAUSAL_LM")
             super().__init__(model=model, **kwargs)
             self.add_callback(Clock())
             for name, method in {

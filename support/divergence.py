@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from support.checkpoints import checkpoints, command, flaw, step_of
 from support.errors import UserError
+from support.resuming import checkpoints, command, flaw, step_of
 from support.settings import Recipe
 
 

@@ -13,6 +13,7 @@ from trl import TrlParser
 from data import HUB_ID, SYSTEM_PROMPT
 from support import screen
 from support.errors import UserError, fail
+from support.schedule import SCHEDULES
 
 
 def setting(default, reason: str, **argument):
@@ -47,9 +48,7 @@ class Recipe:
     learning_rate: float = setting(
         2e-5, "the highest of the schedule; a LoRA takes about ten times the rate of full fine-tuning"
     )
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
-        "cosine", "how the learning rate goes on after the warmup"
-    )
+    lr_scheduler: Literal[SCHEDULES] = setting("cosine", "how the learning rate goes on after the warmup")
     warmup_ratio: float = setting(0.05, "share of max_steps in which the learning rate rises from 0")
     optim: str = setting("adamw_8bit", "a transformers optimiser name; 8 bit saves 6 bytes a LoRA parameter")
     adam_beta1: float = setting(0.9, "AdamW's running mean of gradients keeps this share of itself at each step")

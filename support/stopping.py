@@ -11,7 +11,10 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from support import screen
-from support.checkpoints import (
+from support.divergence import diverged
+from support.errors import UserError
+from support.memory import is_out_of_memory, memory_advice
+from support.resuming import (
     check_present,
     checkpoints,
     command,
@@ -21,12 +24,9 @@ from support.checkpoints import (
     write_json_lines,
     write_recipe,
 )
-from support.divergence import diverged
-from support.errors import UserError
-from support.memory import is_out_of_memory, memory_advice
-from support.report import Report
 from support.screen import note, say
 from support.settings import Recipe
+from support.step_report import Report
 
 
 class Saving(TrainerCallback):

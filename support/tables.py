@@ -22,7 +22,8 @@ from rewards import label_number
 from support.errors import UserError
 from support.screen import say_once
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")  # in capitals too
+TABLE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # in capitals too
+FILE_TYPES = (*TABLE_TYPES, ".txt")  # a folder's text files are about its set, and no questions
 NOT_TEXT = {  # the first bytes of what is no text, and what to do with it
     b"\x1f\x8b": "is compressed with gzip: unpack it",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it",
@@ -137,12 +138,12 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     files = {}
     for file in sorted(folder.rglob("*")):
         within = file.relative_to(folder)
-        if file.suffix.lower() in FILE_TYPES[:-1] and file.is_file() and not re.search(r"(^|/)\.", within.as_posix()):
+        if file.suffix.lower() in TABLE_TYPES and file.is_file() and not re.search(r"(^|/)\.", within.as_posix()):
             words = re.findall("[a-z]+|训练|测试|验证", within.with_suffix("").as_posix().casefold())
             split = next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "")
             files.setdefault(split, []).append(file)
     if not files:
-        raise UserError(f"the folder {folder} has no file that ends in {', '.join(FILE_TYPES[:-1])}.")
+        raise UserError(f"the folder {folder} has no file that ends in {', '.join(TABLE_TYPES)}.")
     found = {split: files[split] for split in ("train", "validation", "test") if split in files} or {"train": files[""]}
     for split, paths in found.items():
         types = Counter(path.suffix.lower() for path in paths)

@@ -1,8 +1,10 @@
-"""TRL's GRPOTrainer, faster, with the same gradient, and with the learning rate that the recipe says."""
+"""TRL's GRPOTrainer, faster, with the same gradient; resumed, with the settings of its recipe."""
 
 import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
+
+from support.schedule import take_rate
 
 
 class Trainer(GRPOTrainer):
@@ -47,13 +49,6 @@ class Trainer(GRPOTrainer):
         return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """A resumed run takes its rate from the recipe, which may have changed, and not from the checkpoint.
-
-        The schedules themselves are those of transformers, by `lr_scheduler_type` in the training arguments.
-        """
+        """A resumed run takes its learning rate from the recipe, which may have changed, and not from the checkpoint."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler, rate = self.lr_scheduler, self.args.learning_rate
-        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
-        for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            group["lr"] = rate * factor(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+        take_rate(self.lr_scheduler, self.optimizer, self.args.learning_rate)

@@ -17,13 +17,13 @@ import torch
 from test_runs import SHORT, TINY, in_process, jsonl, one_line
 
 import support.evaluation
-import support.report
+import support.step_report
 import train_grpo
 from support import preflight
-from support.checkpoints import flaw
 from support.divergence import DivergenceCheck, divergence
 from support.errors import UserError
 from support.evaluation import Completion
+from support.resuming import flaw
 from support.settings import load_recipe
 
 # --- a policy that diverges --------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_one_error_of_the_disk_costs_nothing(monkeypatch, tmp_path):
 
 
 def test_one_error_of_the_disk_loses_no_sample(monkeypatch, tmp_path):
-    out, write, calls = tmp_path / "out", support.report.write_json_lines, []
+    out, write, calls = tmp_path / "out", support.step_report.write_json_lines, []
 
     def write_or_fail(path, records, append=False):
         if append and path.name == "samples.jsonl":
@@ -167,7 +167,7 @@ def test_one_error_of_the_disk_loses_no_sample(monkeypatch, tmp_path):
                 raise OSError(5, "Input/output error")
         write(path, records, append)
 
-    monkeypatch.setattr("support.report.write_json_lines", write_or_fail)
+    monkeypatch.setattr("support.step_report.write_json_lines", write_or_fail)
     with pytest.raises(UserError, match="checkpoint of step 3 is in"):
         in_process(monkeypatch, "--max_steps", 5, "--output_dir", out)
     in_process(monkeypatch, "--max_steps", 5, "--output_dir", out, "--resume")

@@ -48,10 +48,10 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize(
     "file, line, error",
     [
-        ("support/report.py", "def late():\n    from train_grpo import run", AssertionError),
+        ("support/step_report.py", "def late():\n    from train_grpo import run", AssertionError),
         ("support/memory.py", "if TYPE_CHECKING:\n    import infer", AssertionError),
         ("rewards.py", "from data import to_prompt", AssertionError),
-        ("support/settings.py", "from support import trainer, report", graphlib.CycleError),
+        ("support/settings.py", "from support import memory, step_report", graphlib.CycleError),
         ("support/errors.py", "import data", graphlib.CycleError),
     ],
 )

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 import train_grpo
 from data import load_questions
-from support.checkpoints import (
+from support.errors import UserError
+from support.resuming import (
     checkpoints,
     command,
     find_checkpoint,
@@ -26,7 +27,6 @@ from support.checkpoints import (
     read_json_lines,
     write_json_lines,
 )
-from support.errors import UserError
 from support.settings import load_recipe
 from train_grpo import training_questions
 
@@ -367,7 +367,7 @@ def test_other_prompts_a_step_go_on_with_the_questions_not_used_yet(half, monkey
 
 
 def test_a_second_run_in_a_folder_is_stopped_and_a_killed_one_is_not_in_the_way(half, monkeypatch, tmp_path):
-    hold = "import sys, time; from pathlib import Path; from support.checkpoints import hold\n"
+    hold = "import sys, time; from pathlib import Path; from support.resuming import hold\n"
     hold += "lock = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", hold, half], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"

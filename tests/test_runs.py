@@ -20,8 +20,8 @@ from data import to_prompt
 from rewards import REWARD_FUNCS
 from support.errors import UserError
 from support.evaluation import generate
-from support.report import installed_versions
 from support.settings import Recipe, load_recipe
+from support.step_report import installed_versions
 from train_grpo import main
 
 TINY = ["train_grpo.py", "--config", "recipes/tiny.yaml"]
@@ -52,7 +52,7 @@ def one_line(error):
 
 def in_process(monkeypatch, *arguments):
     """The short run in this process, without its picture, which takes a second a checkpoint."""
-    monkeypatch.setattr("support.report.draw_reward_curve", lambda out: None)
+    monkeypatch.setattr("support.step_report.draw_reward_curve", lambda out: None)
     monkeypatch.setattr(sys, "argv", [*TINY, *SHORT, *map(str, arguments)])
     main()
 

@@ -15,8 +15,8 @@ from trl import GRPOConfig, GRPOTrainer
 from data import load_questions
 from rewards import REWARD_FUNCS, correctness_reward_func
 from support.errors import UserError
-from support.report import recording
 from support.settings import Recipe, load_recipe, parse_recipe
+from support.step_report import recording
 from support.trainer import Trainer
 from train_grpo import attach_lora, training_arguments, training_questions
 
@@ -44,7 +44,8 @@ def test_the_article_recipe_has_the_articles_numbers():
     )
     assert (article.warmup_ratio, article.lr_scheduler, article.optim) == (0.1, "cosine", "paged_adamw_8bit")
     assert (article.num_generations, article.max_completion_length, article.prompts_per_step) == (6, 200, 1)
-    assert (article.max_steps, article.max_grad_norm, article.lora_rank, article.seed) == (250, 0.1, 32, 3407)
+    assert (article.max_steps, article.max_grad_norm, article.seed) == (250, 0.1, 3407)
+    assert (article.lora_rank, article.lora_alpha) == (32, 32)
     assert article.max_prompt_length + article.max_completion_length == 1024
     assert article.gpu_memory_utilization == 0.6
 

@@ -1,4 +1,4 @@
-"""The files that a run can be continued from: which of them are whole, and whether they belong to the same run."""
+"""Going on with a run: which of its checkpoints are whole, whether they belong to the same run, and what goes when it goes on."""
 
 import dataclasses
 import fcntl

@@ -12,7 +12,10 @@ from transformers import TrainerCallback
 
 from rewards import REWARD_FUNCS
 from support import screen
-from support.checkpoints import (
+from support.memory import GIB
+from support.picture import draw_reward_curve
+from support.preflight import GPU
+from support.resuming import (
     Start,
     check_present,
     go_back_to,
@@ -21,9 +24,6 @@ from support.checkpoints import (
     write_json_lines,
     write_recipe,
 )
-from support.memory import GIB
-from support.picture import draw_reward_curve
-from support.preflight import GPU
 from support.screen import say
 from support.settings import Recipe
 
@@ -82,14 +82,16 @@ class Report(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         screen.advance(state.global_step)
-        self.step_start = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_start = (
+            time.perf_counter()
+        )  # not after the last step: what lies between, as a checkpoint, is none of this
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs:  # the summary at the end
             return
-        now = time.perf_counter()
-        self.seconds.append(now - self.step_start)
-        self.step_start = now
+        self.seconds.append(time.perf_counter() - self.step_start)
         self.begin()
         metrics, samples = self.metrics_of(state.global_step, logs), self.samples_of(state.global_step)
         self.metrics.append(metrics)  # in memory too: output_dir may be a mounted folder, and go away
