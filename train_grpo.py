@@ -16,7 +16,8 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
 The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation. What is not in this file: every
 number of a run and its default (support/settings.py, recipes/*.yaml), checks and the memory estimate (preflight.py,
 memory.py), what is printed and written for each step (step_report.py), schedules of the learning rate (schedule.py), going
-on after an interruption (stopping.py, resuming.py), accuracy (evaluation.py).
+on after an interruption (stopping.py, resuming.py), how answers are measured (evaluation.py; when: `run`, below), files of
+questions (data.py, tables.py).
 """
 
 from support import screen  # before what prints, as every library below does
@@ -112,8 +113,7 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
 
 def lora_arguments(recipe: Recipe) -> dict:
     """PEFT's settings: a LoRA on all seven linear layers."""
-    alpha = recipe.lora_alpha or recipe.lora_rank
-    return {"r": recipe.lora_rank, "lora_alpha": alpha, "target_modules": LORA_TARGETS}
+    return {"r": recipe.lora_rank, "lora_alpha": recipe.alpha, "target_modules": LORA_TARGETS}
 
 
 def attach_lora(model, recipe: Recipe):

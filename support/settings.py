@@ -87,6 +87,11 @@ class Recipe:
     )
     seed: int = setting(3407, "for the LoRA weights, the order of the questions and sampling")
 
+    @property
+    def alpha(self) -> int:
+        """The LoRA's alpha, which `lora_alpha` 0 leaves to the rank."""
+        return self.lora_alpha or self.lora_rank
+
 
 def load_recipe(config: str | Path | None = None) -> Recipe:
     """The recipe in the YAML file `config`, or the default one. Raises UserError for a key that is none of Recipe's."""
