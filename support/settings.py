@@ -146,7 +146,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{f.name} is {value!r}: choose from {', '.join(get_args(f.type))}.")
     least = dict.fromkeys(
         ["max_steps", "prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "lora_rank"]
-        + ["eval_samples", "save_steps", "save_total_limit", "sample_steps"],
+        + ["eval_samples", "save_steps", "sample_steps"],
         1,
     )
     least |= {

@@ -74,6 +74,7 @@ BAD_FLAGS = [
     (["--loss_type", "ppo"], "choose from"),
     (["--config", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
     (["--max_steps", "0"], "--max_steps 0 is too small: give 1 or more."),
+    (["--save_total_limit", "1"], "--save_total_limit 1 is too small: give 2 or more."),
     (["--num_generations", "1"], "--num_generations 1 is too small: give 2 or more."),
     (["--max_completion_length", "-5"], "--max_completion_length -5 is too small"),
     (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0."),
