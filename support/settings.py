@@ -157,6 +157,7 @@ def check_recipe(recipe: Recipe) -> None:
         "vram_gib": 0,
         "seed": 0,
         "lora_alpha": 0,
+        "save_total_limit": 2,  # an old checkpoint goes before the new one is known to be whole
     }
     for name, low in least.items():
         if not getattr(recipe, name) >= low:
