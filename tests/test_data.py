@@ -272,7 +272,11 @@ def test_a_row_is_called_by_its_file(tokenizer, write, tmp_path):
         ({"notes.txt": "1加1"}, "has no file that ends in .jsonl"),
         ({"a.arrow": "", "state.json": "{}"}, "written by save_to_disk"),
         (
-            {"README.md": "configs:\n- config_name: en\n- config_name: zh\n", "zh/test.jsonl": "", "en/test.jsonl": ""},
+            {
+                "README.md": "---\nconfigs:\n- config_name: en\n- config_name: zh\n---\n",
+                "zh/test.jsonl": "",
+                "en/test.jsonl": "",
+            },
             r"several sets \(en, zh\): give the folder or the file of one",
         ),
         ({"train.jsonl": "{"}, "row 1|not JSON"),
