@@ -29,7 +29,7 @@ NOT_TEXT = {  # the first bytes of what is no text, and what to do with it
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it",
     b"BZh9": "is compressed with bzip2: unpack it",
     b"\xfd7zXZ": "is compressed with xz: unpack it",
-    b"\x80\x04\x95": "is a pickle: save it as Parquet or JSONL",
+    **dict.fromkeys((b"\x80\x04", b"\x80\x05"), "is a pickle: save it as Parquet or JSONL"),
     b"\xd0\xcf\x11\xe0": "is an old Excel or Word file: save the sheet as CSV",
     b"%PDF": "is a PDF: save the questions as CSV or JSONL",
     **dict.fromkeys(
