@@ -274,12 +274,14 @@ def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
 
 
 def read_files(files: list[Path]) -> Table:
-    """The rows of the files of a split. Where one has no column of questions, as one about the set, the others do."""
+    """The rows of the files of a split, but for files that hold none and JSON about the set, which has no column of questions."""
     tables = {file: read_table(file, KNOWN_QUESTIONS) for file in files}
-    asking = {f: table for f, table in tables.items() if not KNOWN_QUESTIONS.isdisjoint(table.columns)} or tables
-    for file in [file for file in tables if file not in asking]:
-        say_once(f"passed over {file}: it has no column of questions", about=str(file))
-    tables = list(asking.values())
+    has = {file: not KNOWN_QUESTIONS.isdisjoint(table.columns) for file, table in tables.items()}
+    for file, table in list(tables.items()) if any(has.values()) else []:
+        if not has[file] and (file.suffix.lower() == ".json" or not len(table)):
+            say_once(f"passed over {file}: it has no column of questions", about=str(file))
+            del tables[file]
+    tables = list(tables.values())
     for names, can_serve in ((QUESTION_COLUMNS, is_question), (ANSWER_COLUMNS, is_label)):
         known = [set(map(plain, names)) & table.columns.keys() for table in tables]
         if all(known) and not set.intersection(*known):  # each file has a name of its own for them

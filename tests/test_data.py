@@ -409,6 +409,13 @@ def test_files_of_a_split_that_differ(tokenizer, tmp_path, capsys):
         load(str(tmp_path), tokenizer)
 
 
+def test_a_file_of_rows_without_questions_is_not_passed_over(tokenizer, write, tmp_path):
+    write(rows(1, 2), "train-0.jsonl")
+    write([{"题": "1加1", "answer_only": 2}], "train-1.jsonl")
+    with pytest.raises(UserError, match="row 1 of .*train-1.jsonl has None in question_zh-cn"):
+        load(str(tmp_path), tokenizer)
+
+
 def test_rows_that_are_marked_as_test_are_held_out(tokenizer, write, capsys):
     """GSM8K_zh: one file, one split, and a column that says which questions are GSM8K's test questions."""
     path = write([row | {"split": "test" if n % 3 else "train"} for n, row in enumerate(rows(*range(9)))])
