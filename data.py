@@ -17,19 +17,9 @@ from datasets.utils.logging import CRITICAL, set_verbosity
 
 from rewards import label_number
 from support.errors import UserError
-from support.places import check_cache, check_hub_name, find_local, kind_of
+from support.places import check_cache, check_hub_name, find_local, kind_of, split_files
 from support.screen import say, say_once
-from support.tables import (
-    FILE_TYPES,
-    SPLIT_WORDS,
-    Table,
-    arrow_table,
-    join,
-    plain,
-    read_table,
-    shown,
-    split_files,
-)
+from support.tables import FILE_TYPES, SPLIT_WORDS, Table, arrow_table, join, plain, read_table, shown
 
 disable_progress_bars()  # a few thousand rows take a second
 set_verbosity(CRITICAL)  # what cannot be read is said once, by this file
@@ -39,19 +29,12 @@ REVISION = "main"  # of HUB_ID, a branch; put a commit here to pin the questions
 
 # Accepted names, the first that can serve. Chinese ones come before `question`, which is English in the hub set and in
 # GSM8K_zh; bare numbers before `answer`, a worked solution in both, in MGSM and in GSM8K, which ends in `#### 72`.
-QUESTION_COLUMNS = ["question_zh-cn", "question_zh", "question_cn", "question_chinese", "问题", "题目"]
-QUESTION_COLUMNS += ["question", "problem", "text"]  # text: a line of a .txt file
-ANSWER_COLUMNS = [
-    "answer_only",
-    "answer_number",
-    "final_answer",
-    "答案",
-    "answer",
-    "label",
-    "answer_zh-cn",
-    "answer_zh",
-]
+QUESTION_COLUMNS = ["question_zh-cn", "question_zh", "question_cn", "question_chinese", "zh_question"]
+QUESTION_COLUMNS += ["chinese_question", "问题", "题目", "question", "problem", "text"]  # text: a line of a .txt file
+ANSWER_COLUMNS = ["answer_only", "answer_number", "final_answer", "答案", "answer", "ans", "label"]
+ANSWER_COLUMNS += ["answer_zh-cn", "answer_zh"]
 QUESTION_COLUMN, ANSWER_COLUMN = QUESTION_COLUMNS[0], ANSWER_COLUMNS[0]
+NOT_UTF8 = "[\ud800-\udfff]"  # what stands for bytes that are no text, see tables.decode
 KNOWN_QUESTIONS = {plain(name) for name in QUESTION_COLUMNS}
 
 # The form that rewards.py scores, newline by newline.
@@ -81,12 +64,18 @@ def control_tokens(tokenizer) -> list[str]:
 
 
 def read_label(value) -> Decimal | None:
-    """A label as a number, None if it is not one: what label_number reads, what follows `####`, and `1e3`."""
+    """A label as a number, None if it is not one: what label_number reads, what follows `####`, and `1e3`.
+
+    Also None where bytes are no text, as what they said may have been `万`, and from 10**300 on, which is no answer.
+    """
     if isinstance(value, str):
         value = value.rpartition("####")[2]
         if re.fullmatch(r"\s*[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+\s*", value):  # as spreadsheets write large numbers
             value = float(value)
-    return label_number(value)
+        elif re.search(NOT_UTF8, value):
+            return None
+    number = label_number(value)
+    return number if number is not None and number.adjusted() < 300 else None
 
 
 # --- questions ---------------------------------------------------------------------------------------
@@ -101,9 +90,7 @@ def load_questions(
     Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: newer
     TRL does not cut prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
     """
-    table = load_rows(dataset, split)
-    question_column = find_column(table, QUESTION_COLUMNS, dataset, is_question)
-    answer_column = find_column(table, ANSWER_COLUMNS, dataset, lambda label: read_label(label) is not None)
+    table, question_column, answer_column = load_rows(dataset, split)
     say_columns(table, [question_column, answer_column], dataset)
     check_questions(table, question_column)
     questions, labels = table.columns[question_column], table.columns[answer_column]
@@ -150,7 +137,7 @@ def read_questions(file: str) -> tuple[list[str], list]:
     questions, answers = table.columns[question_column], [None] * len(table)
     used = [question_column]
     if any(plain(name) in table.columns for name in ANSWER_COLUMNS):
-        answer_column = find_column(table, ANSWER_COLUMNS, file, lambda label: read_label(label) is not None)
+        answer_column = find_column(table, ANSWER_COLUMNS, file, is_label)
         used.append(answer_column)
         labels = table.columns[answer_column]
         answers = [read_label(label) for label in labels]
@@ -166,6 +153,10 @@ def is_question(value) -> bool:
     return isinstance(value, str) and any(map(str.isalnum, value))
 
 
+def is_label(value) -> bool:
+    return read_label(value) is not None
+
+
 def check_questions(table: Table, column: str, word: str = "row") -> None:
     """Raises UserError where there is no question, or one with bytes that are no text (surrogates, see tables.decode)."""
     questions = table.columns[column]
@@ -174,7 +165,7 @@ def check_questions(table: Table, column: str, word: str = "row") -> None:
         raise UserError(
             f"{table.describe(bad, column, 'which is empty or not text, so no question', word)}: correct or remove such rows."
         )
-    bad = {row: question for row, question in enumerate(questions) if re.search("[\ud800-\udfff]", question)}
+    bad = {row: question for row, question in enumerate(questions) if re.search(NOT_UTF8, question)}
     if bad:
         raise UserError(
             f"{table.describe(bad, column, 'which is not in UTF-8', word)}: save the file in UTF-8 and correct it."
@@ -185,14 +176,15 @@ def check_questions(table: Table, column: str, word: str = "row") -> None:
 
 
 def find_column(table: Table, names: list[str], dataset: str, can_serve: Callable[[object], bool]) -> str:
-    """The first of `names` that is a column with a value that can serve. Raises UserError where none is a column."""
+    """The first of `names` whose values can serve in half of the rows, else the one with most that can. Raises UserError where none is a column."""
     there = [plain(name) for name in names if plain(name) in table.columns]
     if not there:
         has = ", ".join(shown(name, 30) for name in list(table.names.values())[:12]) or "none"
         raise UserError(
             f"{dataset} has no column {' or '.join(names)}: it has {has}. Rename the one that is meant to {names[0]}."
         )
-    return next((column for column in there if any(map(can_serve, table.columns[column]))), there[0])
+    serving = {column: sum(map(can_serve, table.columns[column])) for column in there}
+    return next((column for column in there if serving[column] * 2 >= len(table)), max(there, key=serving.get))
 
 
 def say_columns(table: Table, used: list[str], dataset: str) -> None:
@@ -212,15 +204,21 @@ def train_and_test_splits(dataset: str) -> tuple[str, str]:
     kinds = {SPLIT_WORDS.get(plain(name), name): name for name in reversed(names)}
     held_out = kinds.get("test") or kinds.get("validation")
     if held_out and len(names) > 1:
-        return kinds.get("train", "train"), held_out
+        train = kinds.get("train") or next(n for n in (kinds.get("validation"), *names) if n and n != held_out)
+        if "train" not in kinds:
+            say_once(f"split       there is no train: trained on {train}, held out is {held_out}", about=dataset)
+        return train, held_out
     only = kinds.get("train", names[0])
     if kind_of(find_local(dataset)) != "file":
         say_once(f"split       {', '.join(names)} is all there is: the last tenth of {only} is held out", about=dataset)
     return f"{only}[:90%]", f"{only}[90%:]"
 
 
-def load_rows(dataset: str, split: str) -> Table:
-    """The rows of a split, or of a slice or a sum of splits as `datasets` writes them. Raises UserError where there are none."""
+def load_rows(dataset: str, split: str) -> tuple[Table, str, str]:
+    """The rows of a split, or of a slice or a sum of splits as `datasets` writes them, and the columns of questions and labels.
+
+    The columns are those that serve in whole splits, so they are the same in every slice. Raises UserError where there is nothing.
+    """
     splits = splits_of(dataset)
     names = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
     if not splits.keys() >= set(names):
@@ -232,9 +230,12 @@ def load_rows(dataset: str, split: str) -> Table:
         raise UserError(f"{split} is no split: write it as train, test[:100] or train[90%:].") from error
     table = join([tables[part.splitname].pick(range(part.from_, part.to)) for part in parts])
     if not len(table):
-        held_out = ": give a file of five questions or more, as its last tenth is held out" if "%" in split else ""
+        own = split.endswith(("[:90%]", "[90%:]"))
+        held_out = ": give a file of five questions or more, as its last tenth is held out" if own else ""
         raise UserError(f"{dataset} has no questions in its split {split}{held_out}.")
-    return table
+    whole = join(list(tables.values()))
+    question_column = find_column(whole, QUESTION_COLUMNS, dataset, is_question)
+    return table, question_column, find_column(whole, ANSWER_COLUMNS, dataset, is_label)
 
 
 def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
@@ -242,7 +243,10 @@ def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
     found = find_local(dataset)
     path, kind = Path(found), kind_of(found)
     if kind == "folder":
-        readers = {split: partial(read_files, files) for split, files in split_files(path).items()}
+        try:
+            readers = {split: partial(read_files, files) for split, files in split_files(path).items()}
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or dataset}: {error.strerror}.") from error
     elif kind == "file":
         readers = {"train": partial(read_files, [path])}
     elif kind or path.is_absolute() or path.suffix.lower() in FILE_TYPES or dataset.startswith(".") or "://" in dataset:
@@ -270,7 +274,20 @@ def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
 
 
 def read_files(files: list[Path]) -> Table:
-    return join([read_table(file, KNOWN_QUESTIONS) for file in files])
+    """The rows of the files of a split, but for files that hold none and JSON about the set, which has no column of questions."""
+    tables = {file: read_table(file, KNOWN_QUESTIONS) for file in files}
+    has = {file: not KNOWN_QUESTIONS.isdisjoint(table.columns) for file, table in tables.items()}
+    for file, table in list(tables.items()) if any(has.values()) else []:
+        if not has[file] and (file.suffix.lower() == ".json" or not len(table)):
+            say_once(f"passed over {file}: it has no column of questions", about=str(file))
+            del tables[file]
+    tables = list(tables.values())
+    for names, can_serve in ((QUESTION_COLUMNS, is_question), (ANSWER_COLUMNS, is_label)):
+        known = [set(map(plain, names)) & table.columns.keys() for table in tables]
+        if all(known) and not set.intersection(*known):  # each file has a name of its own for them
+            for table in tables:
+                table.rename(find_column(table, names, "", can_serve), plain(names[0]))
+    return join(tables)
 
 
 @functools.cache  # a run asks for the names of the splits, for one and for the other

@@ -59,7 +59,7 @@ def main() -> None:
     )
     settings = {
         "model": recipe.model,
-        "adapter": str(args.adapter.resolve()) if args.adapter else None,
+        "adapter": str(args.adapter.resolve()).encode(errors="replace").decode() if args.adapter else None,
         "samples": args.samples,
         "temperature": temperature,
         "top_p": args.top_p,

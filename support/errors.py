@@ -10,6 +10,9 @@ from support import screen
 class UserError(Exception):
     """Something the user can put right. The scripts print it as one line, `error: …`, and exit with status 2."""
 
+    def __init__(self, sentence: str):
+        super().__init__(screen.one_line(sentence))
+
 
 def fail(message: str) -> None:
     """Raises UserError(message): what the scripts put in the place of argparse's `parser.error`."""
@@ -22,6 +25,9 @@ def run_script(main: Callable[[], None]) -> None:
     Where a library's exception is behind a UserError, the last lines of the log follow under it.
     """
     try:
+        for argument in sys.argv[1:]:
+            if argument != argument.encode(errors="replace").decode():  # it could not be written into recipe.yaml
+                raise UserError(f"{argument} is not in UTF-8: rename the file or set the terminal to UTF-8.")
         main()
         screen.output().flush()
     except BrokenPipeError:  # `… | head`: whoever read has had enough

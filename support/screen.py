@@ -114,10 +114,15 @@ def say(text: str, end: str = "\n") -> None:
         os.write(output().fileno(), f"\n{text}{end}".encode())
 
 
+def one_line(text: str) -> str:
+    """`text` with escapes for what does not print, as the line ends and the bytes that are not UTF-8 in the name of a file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @functools.cache
 def say_once(text: str, about: str) -> None:
     """`say`, but once a process: what is true of a file that is read more than once. `about`: which one."""
-    say(text)
+    say(one_line(text))
 
 
 def note(text: str) -> None:

@@ -27,6 +27,14 @@ FILE_TYPES = (*TABLE_TYPES, ".txt")  # a folder's text files are about its set, 
 NOT_TEXT = {  # the first bytes of what is no text, and what to do with it
     b"\x1f\x8b": "is compressed with gzip: unpack it",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it",
+    b"BZh9": "is compressed with bzip2: unpack it",
+    b"\xfd7zXZ": "is compressed with xz: unpack it",
+    **dict.fromkeys((b"\x80\x04", b"\x80\x05"), "is a pickle: save it as Parquet or JSONL"),
+    b"\xd0\xcf\x11\xe0": "is an old Excel or Word file: save the sheet as CSV",
+    b"%PDF": "is a PDF: save the questions as CSV or JSONL",
+    **dict.fromkeys(
+        (b"<!DOCTYPE", b"<!doctype", b"<html"), "is a web page, not the file itself: download the raw file"
+    ),
     b"PK\x03\x04": "is a zip archive or an Excel file: unpack it, or save the sheet as CSV",
     b"PAR1": "is a Parquet file: let its name end in .parquet",
     b"ARROW1": "is an Arrow file: save it as Parquet or JSONL",
@@ -34,9 +42,9 @@ NOT_TEXT = {  # the first bytes of what is no text, and what to do with it
 }
 # The words in the name of a file, a folder or a split that say what it is for, as in datasets, and Chinese ones.
 SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training", "训练"), "train"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation", "测试"), "test"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "验证"), "validation"),
+    **dict.fromkeys(("train", "training", "训练", "訓練"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "测试", "測試"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "验证", "驗證"), "validation"),
 }
 
 
@@ -76,6 +84,9 @@ class Table:
         more = ", …" if len(bad) > 3 else ""
         source = files[0] if len(files) == 1 else f"{len(files)} files"
         return f"{len(bad)} of {len(self)} {word}s of {source} are bad: {rows}{more} in {name}, {fault}"
+
+    def rename(self, column: str, other: str) -> None:
+        self.columns[other], self.names[other] = self.columns.pop(column), self.names.pop(column)
 
     def by_mark(self) -> dict[str, list[int]]:
         """The rows of each split, where a column `split` marks every row as one, and not all as the same."""
@@ -123,38 +134,6 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files in `folder` by split, told by the words in their names or their folders'; all are `train` where none has one.
-
-    Of a split in several types, the type of which there are most. Raises UserError where there is nothing to read.
-    """
-    if any(folder.rglob("*.arrow")):
-        raise UserError(f"{folder} was written by save_to_disk: write it with to_json or to_parquet.")
-    card = folder / "README.md"
-    configurations = dict.fromkeys(re.findall(rb"config_name: *(\S+)", card.read_bytes() if card.is_file() else b""))
-    if len(configurations) > 1:
-        names = b", ".join(configurations).decode(errors="replace")
-        raise UserError(f"{folder} holds several sets ({shown(names)}): give the folder or the file of one.")
-    files = {}
-    for file in sorted(folder.rglob("*")):
-        within = file.relative_to(folder)
-        if file.suffix.lower() in TABLE_TYPES and file.is_file() and not re.search(r"(^|/)\.", within.as_posix()):
-            words = re.findall("[a-z]+|训练|测试|验证", within.with_suffix("").as_posix().casefold())
-            split = next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "")
-            files.setdefault(split, []).append(file)
-    if not files:
-        raise UserError(f"the folder {folder} has no file that ends in {', '.join(TABLE_TYPES)}.")
-    found = {split: files[split] for split in ("train", "validation", "test") if split in files} or {"train": files[""]}
-    for split, paths in found.items():
-        types = Counter(path.suffix.lower() for path in paths)
-        most = max(FILE_TYPES, key=lambda suffix: (types[suffix], suffix != ".json"))  # JSON may be about the set
-        found[split] = [path for path in paths if path.suffix.lower() == most]
-        if len(paths) > 1:
-            names = ", ".join(path.relative_to(folder).as_posix() for path in found[split])
-            say_once(f"files       {split}: {shown(names, 100)}", about=str(folder))
-    return found
-
-
 def read_table(path: Path, questions: set[str]) -> Table:
     """The rows of a file. `questions`: plain names of columns of questions, by which a header or a row is known as one.
 
@@ -163,16 +142,15 @@ def read_table(path: Path, questions: set[str]) -> Table:
     if path.suffix.lower() not in FILE_TYPES:
         raise UserError(f"cannot read {path}: its name ends in none of {', '.join(FILE_TYPES)}.")
     try:
-        if path.suffix.lower() == ".parquet":
-            with path.open("rb") as file:
-                return arrow_table(pyarrow.parquet.ParquetFile(file).read(), str(path))
         content = path.read_bytes()
+        if not content.strip():
+            return Table({}, {}, [])
+        if path.suffix.lower() == ".parquet":
+            return arrow_table(pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read(), str(path))
         for magic, advice in NOT_TEXT.items():
             if content.startswith(magic):
                 raise UserError(f"cannot load {path}: it {advice}.")
         text = decode(content, path)
-        if not text.strip():
-            raise UserError(f"{path} is empty: there is no question in it.")
         if path.suffix.lower() == ".txt":
             rows = [(number, {"text": line}) for number, line in lines_of(text)]
         elif path.suffix.lower() in (".csv", ".tsv"):
@@ -321,7 +299,8 @@ def csv_rows(text: str, path: Path, questions: set[str]) -> list[tuple[int, dict
         return []
     header = [name.strip("\ufeff").strip() for name in records[0][1]]
     # MGSM's own files have no header: a question and its number from the first line on
-    if len(header) == 2 and questions.isdisjoint(map(plain, header)) and label_number(header[1]) is not None:
+    first_row = len(header) == 2 and re.search("[0-9?？。]", header[0]) and label_number(header[1]) is not None
+    if first_row and questions.isdisjoint(map(plain, header)):
         say_once("columns     no header: the first is the question, the second the answer", about=str(path))
         header = ["question", "answer"]
     else:

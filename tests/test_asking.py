@@ -429,7 +429,7 @@ BAD = [
     (["--model", "tiny", "--eval", ""], "--eval is empty"),
     (["--model", "tiny", "--eval", "nowhere.csv"], "there is no file nowhere.csv"),
     (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/q.csv"], "write over the questions"),
-    (["--model", "tiny", "--input", "TMP/empty.jsonl", "--output", "TMP/o.jsonl"], "empty.jsonl is empty"),
+    (["--model", "tiny", "--input", "TMP/empty.jsonl", "--output", "TMP/o.jsonl"], "empty.jsonl has no questions"),
     (["--model", "tiny", "--input", "TMP/q.csv", "--output", "TMP/dangling"], "cannot write to .*dangling"),
     (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/dangling"], "cannot write to .*dangling"),
 ]

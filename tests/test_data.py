@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -203,6 +204,25 @@ def test_the_columns_that_are_taken_are_said(tokenizer, write, capsys, row, line
     assert len(said) == (line is not None) and all(line in text for text in said)
 
 
+def test_all_slices_of_a_split_have_the_same_columns(tokenizer, write):
+    """The one that serves in half of the rows, or in most; not one that is filled in one row, which may be in the last tenth."""
+    rows = [{"question": f"one and {n}", "问题": f"1加{n}", "answer": n} for n in range(10)]
+    rows += [{"question": f"one and {n}", "问题": None, "answer": n} for n in range(10, 20)]
+    rows[19]["question_zh"] = "1加19"
+    path = write(rows)
+    with pytest.raises(UserError, match="row 19 .* None in 问题"):
+        load(path, tokenizer, "train[90%:]")
+    assert len(load(path, tokenizer, "train[:50%]")) == 10
+    rows[9]["问题"] = None
+    (question,) = load(write(rows), tokenizer, "train[:1]")
+    assert question["prompt"][-1]["content"] == "one and 0"
+
+
+def test_only_the_recipes_own_slices_want_more_questions(tokenizer, write):
+    with pytest.raises(UserError, match=r"has no questions in its split train\[30%:35%\]\.$"):
+        load(write([GOOD] * 4), tokenizer, "train[30%:35%]")
+
+
 # --- splits ------------------------------------------------------------------------------------------
 
 
@@ -236,6 +256,15 @@ def rows(*numbers):
         ({"test.jsonl": 20}, ("test[:90%]", "test[90%:]"), 18, 2),
         ({"questions.jsonl": 20, "dataset_info.json": 1}, ("train[:90%]", "train[90%:]"), 18, 2),
         ({"latest.jsonl": 20}, ("train[:90%]", "train[90%:]"), 18, 2),
+        ({"questions.jsonl": 3, "test.jsonl": 2}, ("train", "test"), 3, 2),
+        ({"gsm8k_zh.jsonl": 3, "dev.jsonl": 2}, ("train", "validation"), 3, 2),
+        ({"trainset.jsonl": 3, "testset.jsonl": 2}, ("train", "test"), 3, 2),
+        ({"TrainData.jsonl": 3, "gsmTestData.jsonl": 2, "x.jsonl": 9}, ("train", "test"), 3, 2),
+        ({"訓練.jsonl": 3, "測試.jsonl": 2, "驗證.jsonl": 1}, ("train", "test"), 3, 2),
+        ({"validation.jsonl": 3, "test.jsonl": 2}, ("validation", "test"), 3, 2),
+        ({"test.json": 20, "dataset_info.json": 1, "README.txt": 1}, ("test[:90%]", "test[90%:]"), 18, 2),
+        ({"train.jsonl": 3, "test.jsonl": 2, "notes.txt": 1, ".cache/x.arrow": 1}, ("train", "test"), 3, 2),
+        ({"train.jsonl": 3, "test.jsonl": 2, "__MACOSX/test.jsonl": 9}, ("train", "test"), 3, 2),
     ],
 )
 @pytest.mark.parametrize("folder", ["data [v1]", "d*?", "训练"])
@@ -272,10 +301,23 @@ def test_a_row_is_called_by_its_file(tokenizer, write, tmp_path):
         ({"notes.txt": "1加1"}, "has no file that ends in .jsonl"),
         ({"a.arrow": "", "state.json": "{}"}, "written by save_to_disk"),
         (
-            {"README.md": "configs:\n- config_name: en\n- config_name: zh\n", "zh/test.jsonl": "", "en/test.jsonl": ""},
+            {
+                "README.md": "---\nconfigs:\n- config_name: en\n- config_name: zh\n---\n",
+                "zh/test.jsonl": "",
+                "en/test.jsonl": "",
+            },
             r"several sets \(en, zh\): give the folder or the file of one",
         ),
         ({"train.jsonl": "{"}, "row 1|not JSON"),
+        (
+            {"test.jsonl": "", "train.jsonl.gz": ""},
+            "files for test, none for train, and train.jsonl.gz, which is not read",
+        ),
+        (
+            {"test.jsonl": "", "dev.jsonl": "", "all.ndjson": ""},
+            "for validation and test, none for train, and all.ndjson",
+        ),
+        ({"test.jsonl": "", "train.txt": ""}, "none for train, and train.txt"),
     ],
 )
 def test_folders_without_questions(tokenizer, tmp_path, files, words):
@@ -285,6 +327,93 @@ def test_folders_without_questions(tokenizer, tmp_path, files, words):
     for call in (train_and_test_splits, lambda dataset: load(dataset, tokenizer)):
         with pytest.raises(UserError, match=words):
             call(str(tmp_path))
+
+
+@pytest.mark.parametrize("link", ["nowhere.jsonl", "train-1.jsonl"])
+def test_a_link_to_nothing_among_files(tokenizer, write, tmp_path, link):
+    write(rows(1), "train-0.jsonl")
+    (tmp_path / "train-1.jsonl").symlink_to(link)
+    with pytest.raises(UserError, match="cannot read .*train-1.jsonl: it is a link to nothing"):
+        train_and_test_splits(str(tmp_path))
+
+
+def test_folders_behind_links_are_read_and_circles_are_not(tokenizer, write, tmp_path):
+    for name in ("elsewhere", "set"):
+        (tmp_path / name).mkdir()
+    write(rows(1, 2), "elsewhere/a.jsonl")
+    write(rows(3), "set/test.jsonl")
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "set")
+    assert answers(str(tmp_path / "set"), tokenizer, "train") == ["1", "2"]
+    assert answers(str(tmp_path / "set"), tokenizer, "test") == ["3"]
+
+
+@pytest.mark.parametrize("denied", ["README.md", "zh"])
+def test_what_may_not_be_read_in_a_folder(write, tmp_path, monkeypatch, denied):
+    """Tests may run as root, who may read everything: the system's answer is played."""
+    (tmp_path / "zh").mkdir()
+    write(rows(1), "train.jsonl")
+    (tmp_path / "README.md").touch()
+    real = {"scandir": os.scandir, "read_bytes": pathlib.Path.read_bytes}
+
+    def play(name):
+        def call(path, *rest):
+            if os.path.basename(path) == denied:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real[name](path, *rest)
+
+        return call
+
+    monkeypatch.setattr("os.scandir", play("scandir"))
+    monkeypatch.setattr("pathlib.Path.read_bytes", play("read_bytes"))
+    with pytest.raises(UserError, match=f"cannot read .*{denied}: Permission denied"):
+        train_and_test_splits(str(tmp_path))
+
+
+def test_only_the_front_matter_of_a_card_counts(tokenizer, write, tmp_path):
+    write(rows(1, 2), "train.jsonl")
+    write(rows(3), "test.jsonl")
+    (tmp_path / "README.md").write_text("---\nconfig_name: zh\n---\n\n```\nconfig_name: en\nconfig_name: fr\n---\n")
+    assert train_and_test_splits(str(tmp_path)) == ("train", "test")
+
+
+def test_a_name_with_a_line_end_is_written_in_one_line(tokenizer, write, tmp_path, capsys):
+    path = write(rows("?"), "a\nb.jsonl")
+    with pytest.raises(UserError, match=r"row 1 of .*a\\nb.jsonl has"):
+        load(path, tokenizer)
+    write(rows(1) * 5, "c.jsonl")
+    train_and_test_splits(str(tmp_path))
+    assert all(line.startswith(("files ", "split ")) for line in capsys.readouterr().out.splitlines())
+
+
+def test_files_of_a_split_that_differ(tokenizer, tmp_path, capsys):
+    """Other names of columns, no row, nothing at all, and something about the set."""
+    for name, content in {
+        "train-0.json": '[{"question": "1加1", "answer": 2}]',
+        "train-1.json": '[{"题目": "2加2", "答案": 4}]',
+        "train-2.json": '[{"问题": "3加3", "label": 6}, {"问题": "4加4", "label": 8}]',
+        "train-3.json": "[]",
+        "train-4.json": "",
+        "train_notes.json": '{"rows": 4, "licence": "MIT"}',
+    }.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    questions = load(str(tmp_path), tokenizer)
+    assert questions["answer"][:] == ["2", "4", "6", "8"]
+    assert [prompt[-1]["content"] for prompt in questions["prompt"][:]] == ["1加1", "2加2", "3加3", "4加4"]
+    said = capsys.readouterr().out
+    assert [f"passed over {tmp_path}/train{name}" in said for name in ("-3.json", "-4.json", "_notes.json")] == [
+        True
+    ] * 3
+    (tmp_path / "train-2.json").write_text('[{"问题": "3加3", "label": "?"}]', encoding="utf-8")
+    with pytest.raises(UserError, match="row 1 of .*train-2.json has '[?]'"):
+        load(str(tmp_path), tokenizer)
+
+
+def test_a_file_of_rows_without_questions_is_not_passed_over(tokenizer, write, tmp_path):
+    write(rows(1, 2), "train-0.jsonl")
+    write([{"题": "1加1", "answer_only": 2}], "train-1.jsonl")
+    with pytest.raises(UserError, match="row 1 of .*train-1.jsonl has None in question_zh-cn"):
+        load(str(tmp_path), tokenizer)
 
 
 def test_rows_that_are_marked_as_test_are_held_out(tokenizer, write, capsys):
@@ -347,6 +476,8 @@ def hub(monkeypatch):
         (["train", "validation"], ("train", "validation")),
         (["train", "dev", "eval"], ("train", "eval")),
         (["train", "hard"], ("train[:90%]", "train[90%:]")),
+        (["test", "validation"], ("validation", "test")),
+        (["validation", "hard"], ("hard", "validation")),
         (["default"], ("default[:90%]", "default[90%:]")),
     ],
 )

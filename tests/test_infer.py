@@ -150,12 +150,13 @@ def test_asking_needs_no_labels(tmp_path, capsys):
     rows = [
         {"question": "1加1", "answer": a} for a in ("两个", None, "1 + 1 = 2\n#### 2", 2.5, "1,080", "?", "1 或 2", "…")
     ]
+    rows += [{"question": "1加1", "answer": a} for a in ("9" * 299, "9" * 5000, "9" * 400 + ".5")]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    labels = [None, None, 2, 2.5, 1080, None, None, None]
-    assert read_questions(str(tmp_path / "q.jsonl")) == (["1加1"] * 8, labels)
+    labels = [None, None, 2, 2.5, 1080, None, None, None, int("9" * 299), None, None]
+    assert read_questions(str(tmp_path / "q.jsonl")) == (["1加1"] * 11, labels)
     (line,) = capsys.readouterr().out.splitlines()
     assert (
-        "4 of 8 rows of" in line
+        "6 of 11 rows of" in line
         and "row 1 has '两个', row 6 has '?', row 7 has '1 或 2', … in answer, which is not one number: taken as unknown"
         in line
     )

@@ -87,6 +87,14 @@ run_script(main)"""
     assert not named_log(result.stderr).exists()
 
 
+def test_a_name_that_is_not_utf8_is_refused_at_once_and_in_one_line():
+    """It could not be written into recipe.yaml and complete.json: the run would end at its first checkpoint."""
+    code = "from support.errors import run_script\nrun_script(lambda: screen.say('began'))"
+    result = script(code, b"--dataset", b"\xcc\xe2\n.jsonl")
+    assert result.returncode == 2 and result.stdout == ""
+    assert "\nerror: \\udccc\\udce2\\n.jsonl is not in UTF-8: rename the file" in result.stderr
+
+
 def test_an_unexpected_error_keeps_its_traceback():
     result = script("1 / 0")
     assert result.returncode == 1

@@ -1,8 +1,11 @@
 """What files hold: every encoding, shape and type of a good one, and for a damaged one a sentence with its row."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import pickle
 
 import numpy
 import pandas
@@ -118,6 +121,8 @@ FINE = [
     ("q.tsv", CSV.replace(",", "\t"), ROWS, "TSV"),
     ("q.tsv", f'question\tanswer\n"{A}\t7\n{B}\t2\n', [('"' + A, "7"), ROWS[1]], "a quote without an end, in TSV"),
     ("q.tsv", f"{A}\t7\n{B}\t2\n", ROWS, "MGSM's own files have no header"),
+    ("q.csv", CSV.encode().replace(b"7\n", b"####\xcd\xf2####7\n"), ROWS, "a wrong byte before ####"),
+    ("q.csv", f"zh_question,ans\n{A},7\n{B},2\n", ROWS, "other names"),
     ("q.csv", f"question, answer\n{A}, 7\n", ROWS[:1], "a space after the comma"),
     ("q.csv", CSV.replace("\n", ",\n"), ROWS, "commas at the ends of lines"),
     ("q.csv", CSV + ",\n,\n", ROWS, "empty rows at the end"),
@@ -219,6 +224,12 @@ BAD = [
     ("q.jsonl", JSONL.encode("utf-16")[:-1], "UTF-16, but damaged", "half of UTF-16"),
     ("q.jsonl", '{"question": "1加1\\ud83d", "answer": 7}', "row 1 .*not in UTF-8", "half an emoji"),
     ("q.jsonl", gzip.compress(JSONL.encode()), "gzip: unpack", "compressed"),
+    ("q.jsonl", bz2.compress(JSONL.encode()), "bzip2: unpack", "bzip2"),
+    ("q.jsonl", lzma.compress(JSONL.encode()), "xz: unpack", "xz"),
+    ("q.json", pickle.dumps(json.loads(ARRAY), 5), "pickle: save", "a pickle"),
+    ("q.csv", b"\xd0\xcf\x11\xe0rest", "old Excel", "an old Excel file"),
+    ("q.csv", b"%PDF-1.7 ", "is a PDF", "PDF"),
+    ("q.jsonl", "<!DOCTYPE html><html>", "is a web page", "what a browser saved"),
     ("q.csv", b"PK\x03\x04rest", "Excel file", "Excel called CSV"),
     ("q.jsonl", parquet({"question": [A]}), "Parquet", "Parquet called JSONL"),
     ("q.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull", "Git LFS"),
@@ -249,11 +260,12 @@ BAD = [
     ("q.csv", "question,answer\n小红有3支,又买了4支,7\n", r"row 1 \(line 2\) has 3 cells, and the header 2", "a comma"),
     ("q.csv", f"question,answer\n{B},2\n{A}\n", r"row 2 \(line 3\) .* None in answer", "a row without a label"),
     ("q.csv", "question,answer\n", "no questions in its split", "only a header"),
-    ("q.csv", " \n\n", "is empty", "blank"),
+    ("q.csv", " \n\n", "no questions in its split", "blank"),
     ("q.csv", f"{A},{B}\n{A},{B}\n", "no column", "two questions and no header"),
+    ("q.csv", f"题干,2024\n{A},7\n", "no column .* it has 题干, 2024", "a number in the header"),
     # Parquet
     ("q.parquet", JSONL, "cannot load .*q.parquet", "no Parquet"),
-    ("q.parquet", b"", "cannot load .*q.parquet", "nothing"),
+    ("q.parquet", b"", "q.parquet has no questions in its split", "nothing"),
     ("q.parquet", parquet({"question": [A], "answer": [7]})[:-20], "cannot load .*q.parquet", "half a Parquet file"),
     ("q.parquet", parquet({"question": [A.encode()], "answer": [7]}), "row 1 .*not text", "bytes"),
     ("q.parquet", parquet({"question": [A, None], "answer": [7, 2]}), "row 2 .*None in question", "null"),
@@ -274,6 +286,9 @@ BAD = [
     ("q.jsonl", JSONL.replace(": 7", ': "有 1 支 #### 不知道"'), "row 1 .*not one number", "no number after ####"),
     ("q.jsonl", JSONL.replace(": 7", f': "{"很长" * 500}"'), "row 1 .{,300}$", "a long one"),
     ("q.jsonl", JSONL.replace(": 7", ': "a\\nb\\u001b[m"'), "row 1", "line ends and colours"),
+    ("q.csv", CSV.encode().replace(b",7", b",7\xcd\xf2"), "row 1 .*not one number", "a unit in GBK"),
+    ("q.csv", CSV.replace(",7", "," + "9" * 5000), "row 1 .*not one number", "5,000 digits"),
+    ("q.csv", CSV.replace(",7", "," + "9" * 400 + ".5"), "row 1 .*not one number", "400 digits and a decimal"),
     # control tokens
     (
         "q.jsonl",
