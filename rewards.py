@@ -35,11 +35,9 @@ _MARKUP = {
     r"(?<![A-Za-z\\])\${1,2}([^$\n]+)(?<!\\)\${1,2}(?![0-9])|(?<![A-Za-z])</?(?:b|br|i|p|strong) ?/?>": r" \1 ",
     r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})": ",",  # 9{,}500
     r"\^ ?\{? ?(?:\\circ(?![A-Za-z])|°)|\\degree(?![A-Za-z])": "°",
-    r"\\approx(?![A-Za-z])": "≈",
     r"\} ?\{": "/",  # \frac{1}{2}
-    r"~?\\(?:(?:boxed|[fm]box|text[a-z]*|math(?:rm|bf|it|sf|tt)|rm|bm|boldsymbol|underline|operatorname|displaystyle|left"
-    r"|right|q?quad|Omega|therefore|[Rr]ightarrow)(?![A-Za-z])|[\\{},;:!>()\[\]\s]|(?=[$%#]))|[{}`∴→⇒∠]"
-    r"|(?m:^ *(?:\* |[-+>] (?=\*\*)))": " ",  # the last one is a bullet
+    r"~?\\(?:(?:boxed|[fm]box|text[a-z]*|math[a-z]{2}|rm|bm|boldsymbol|underline|operatorname|displaystyle|left|right|q?quad"
+    r"|Omega|therefore|[Rr]ightarrow)(?![A-Za-z])|[\\{},;:!>()\[\]\s]|(?=[$%#]))|[{}`∴→⇒∠]|(?m:^ *(?:\* |[-+>] (?=\*\*)))": " ",
     r"(?<![A-Za-z0-9])(\*{1,3}|_{1,4})([^*_\n]+)\1": r" \2 ",  # **72**
 }
 _LATIN, _HAN = "A-Za-zµÀ-ÖØ-öø-ʯͰ-Ͽ𝐀-𝟋", r"[^\W\d_A-Za-z]"  # the letters of formulas; all others are words
@@ -47,8 +45,7 @@ _FUNCTION = r"(?i:sqrt|[dt]?frac|(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?|log|
 # The units that may touch the digits, as in 5kg. Any other letter there makes them a term, 5x, or another number, 2e3.
 _UNIT = (
     r"(?:[nmµμcdk]?m|[μµm]?g|kgs?|K[gGM]|[CM][ML]|[mcdk]?[lL]|[ht]|m?s|[mkMG]?(?:Wh?|V|Hz|h?Pa|Ω)|[mk][AJN]|k?cal|m?mol|ha"
-    r"|[kmKMGT]i?[Bb](?:ps)?|in|ft|yd|mi|lbs?|oz|hrs?|mins?|secs?|[ap]m|mph|pcs|st|[nr]d|th|RMB|CNY|USD|HKD|EUR|GBP|JPY)"
-    rf"(?![{_LATIN}])"
+    rf"|[kmKMGT]i?[Bb](?:ps)?|in|ft|yd|mi|lbs?|oz|hrs?|mins?|secs?|[ap]m|mph|pcs|st|[nr]d|th|RMB|CNY|USD|HKD|EUR|GBP|JPY)(?![{_LATIN}])"
 )
 _SUFFIX = rf" ?%| ?\(?(?:{_UNIT}|[A-Z](?=/)|[/·]){{1,5}}|"
 _POWER = rf"((?<![{_LATIN}])[mcdk]?[ms]|[米里秒])(?: ?\^ ?[23]|[²³]|(?<=m)[23])(?!\w|\.[0-9])"  # of a unit: m², m^2, m2
@@ -67,22 +64,21 @@ _PART_BEFORE = re.compile(
     rf"|(?<!百)分之|根号下?|(?<![A-Za-z]){_FUNCTION}|[大小多少高低]于|不(?:等于|足|到)|正负|[负負]|乘以?|除以?|(?<!增)加上?|减去?|两个"
     r"|半个?|(?i:than|twice|double|half|root|plus|minus|times|divided by)(?: of)?)[ (“\"\[]{0,2})\Z"
 )
-# … 5², 1½, 1.2.3, 5:x, 5/x, 5x (but 5kg and 5days are words), and, behind brackets too, 5 x, 2^n, 3!, 4\pi, 3万, 3千
-# (but 3千克 and 1013百帕 are units), 3 million, 3个半.
+# … 5², 1½, 1.2.3, 5:x, 5/x, 5x (but 5kg and 5days are words), and behind brackets too 5 x, 2^n, 3!, 4\pi, 3万, 3个半 …
 _KILO = "克(?!拉)|米(?![粉饭线])|(?:[瓦焦卡伏赫帕安升牛欧][时安特兹顿]?|卡路里|字节|比特|电子伏)(?![^\\W\\d_A-Za-z每的以左时])"
 _PART_AFTER = re.compile(
     rf"[²³¹¼-¾⁰-₉⅐-⅞\u0300-\u036f_零一二两三四五六七八九多余几]|来[个万人天年]|\.[0-9]|:\S|[/·](?!{_HAN}|{_UNIT}|[a-z]{{3}})"
     rf"|(?!{_UNIT}|(?!{_FUNCTION})[A-Z]?[a-z]{{4}})[{_LATIN}]|[ ()\[\]\"“”‘’「」，]{{0,4}}(?:[!^πΠ‰‱√]|\\(?:pi|{_FUNCTION})"
     rf"|(?<![\w.])(?!{_UNIT}|a [a-z]|[apAP]\.|[ACFJKNTVW](?!\w))[{_LATIN}](?![{_LATIN}&'’-])"
-    rf"|[十拾佰仟]|个?[万萬亿億]|兆(?![瓦帕赫焦欧字比])|打(?![印开包])|成(?![人员年品])|百(?!帕)|千(?!{_KILO})"
-    r"|[个小时天年月岁元米]{0,2}半(?![径圆])|分之|-?(?i:hundred|thousand|(?:m|b|tr|quadr)illion|mln|bn|grand|lakh|crore|score"
-    r"|dozen|squared|cubed|(?:and )?(?:a )?half)(?:s?(?![A-Za-z])))"
+    rf"|[十拾佰仟]|个?[万萬亿億半](?![径圆价])|兆(?![瓦帕赫焦欧字比])|打(?![印开包])|成(?![人员年品])|百(?!帕)|千(?!{_KILO})|分之"
+    r"|-?(?i:hundred|thousand|(?:m|b|tr|quadr)illion|mln|bn|grand|lakh|crore|score|dozen|squared|cubed|(?:and )?(?:a )?half)"
+    r"(?:s?(?![A-Za-z])))"
 )
 # What may join words (T-shirt, km/h, 千瓦·时), and words that make it another number: in its phrase.
 _JOINT = rf"[-/·](?:(?<=[a-z一]-)(?=[a-z]{{3}})|(?<!-)(?:(?<={_HAN}.)|(?<=[a-z][a-z].)|(?<=m.))(?=[^\W\d_]))"
 _NO_WORD_AFTER = re.compile(
-    r"[^，。,;；：:是为占]{0,40}?(?:(?<![上下前后])半(?![径圆价年天月小])|(?<![得积])分之|次[方幂]|阶乘|倒数|相反数|绝对值|方根|[平立]方"
-    rf"(?![米里厘分毫千公英])|[两二三四五六七八九十百]倍| plus| minus|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
+    r"[^，。,;；：:是为占]{0,40}?(?:(?<![上下前后])半(?![径圆价年天月小])|(?<![得积])分之|次[方幂]|阶乘|倒数|相反数|绝对值|方根|[平立]方(?![米里厘分毫千公英])"
+    rf"|[两二三四五六七八九十百]倍| plus| minus|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
 )
 
 
@@ -119,16 +115,15 @@ def parse_number(text: str) -> Decimal | None:
         number  =  sign? currency? digits           -5, - 5, -US$5, $-5, 负5, 零下5
         digits  =  1080, 1080.5, .5, 1,080, in LaTeX 9{,}500 and 9\\,500; １０８０, １，０８０ (but 1，080 is two)
 
-    Anything else makes it none: a second number (10 80, 3/4, 48+24=72), an operator or a function (x>5, 2^n, 3!,
-    √5, \\sin 30), a letter that touches the digits and is no unit (x2, 5x, 2e3), a word that makes it another
-    number (3万, 3千 but not 3千克, 五分之3, 3个半, 3 million), digits that are not 0 to 9 (5², 1½).
+    Anything else makes it none: a second number (10 80, 3/4, 48+24=72), an operator or a function (x>5, 3!, \\sin 30),
+    a letter that is no unit (x2, 5x, 2e3), a word that makes it another number (3千 but not 3千克, 3个半, 3 million), 5².
     """
     plain = _plain(text)
     match = _DIGITS.search(plain)
     number, start = _read(match) if match else (None, 0)
     if number is None or match.span() == (0, len(plain)):  # nothing around it, as in most answers and labels
         return number
-    before = re.sub(r"[=≈~]\Z", "", plain[:start].rstrip(" (\"'“‘「$[")).lower()
+    before = re.sub(r"(?:[=≈~]|\\approx)\Z", "", plain[:start].rstrip(" (\"'“‘「$[")).lower()
     after = re.sub(_SUFFIX, "", re.sub(_POWER, r"\1", plain[match.end() :].lstrip(")\"'”’」$]"), count=1), count=1)
     around = re.sub(_JOINT, "", f" {before}。一{after}".lower())  # 一 for the number
     # Digits and mathematical symbols (Sm), as Unicode has them. 一 and 千 are letters there: `3 个一斤的苹果`.
@@ -144,9 +139,9 @@ def last_number(text: str) -> Decimal | None:
 def label_number(label: int | float | str | Decimal) -> Decimal | None:
     """The label as a number, None if it is not one. A string may be written like an answer (`1,080`).
 
-    A float means what it prints. But a float32 that prints 12 digits or more where 7 say which float32 it is, as 0.1
-    does when it has been one (0.10000000149011612), means those 7. Whole numbers up to 2**53 and fractions of 12 bits
-    (1/8192) mean themselves; a finer fraction that is a float32 and has such a short form cannot be told from it.
+    A float means what it prints. But a float32 that prints 12 digits or more where 7 will do, as 0.1 does when it has
+    been one (0.10000000149011612), means those 7; not a whole number, nor a fraction of 12 bits, nor one that needs 8
+    digits ((3/4)**10). A finer fraction that is a float32, and has so short a form, cannot be told from a rounded one.
     """
     label = label[()] if getattr(label, "shape", None) == () else label  # NumPy's array of no dimension
     if isinstance(label, str | Fraction):
@@ -156,8 +151,8 @@ def label_number(label: int | float | str | Decimal) -> Decimal | None:
     number = Decimal(int(label) if isinstance(label, numbers.Integral) else str(label))  # NumPy's and pandas' too
     if isinstance(label, float) and len(number.normalize().as_tuple().digits) > 11 and "0" * 10 not in label.hex():
         short = f"{label:.7g}"
-        if array("f", [float(short)])[0] == label and (label % 1 or abs(label) >= 2**53):
-            number = Decimal(short)
+        rounded = array("f", [float(short)])[0] == label and not (label.is_integer() and abs(label) < 2**53)
+        number = Decimal(short) if rounded else number
     return number if number.is_finite() else None
 
 
