@@ -32,7 +32,7 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _FOLD = {c: c - 0xFEE0 for c in range(0xFF02, 0xFF5F) if c != 0xFF0C} | dict.fromkeys(map(ord, "−‐‑‒–﹣"), "-")
 # What LaTeX, Markdown and HTML write for other signs, or for none. \sqrt, \pi and all that is not named here stays.
 _MARKUP = {
-    r"(?<![A-Za-z\\])\${1,2}([^$\n]+)(?<!\\)\${1,2}(?![0-9])|(?<![A-Za-z])</?(?:b|br|i|p|strong) ?/?>": r" \1 ",
+    r"(?<![A-Za-z\\])\${1,2}([^$\n]+)(?<!\\)\${1,2}(?![0-9])|(?<![A-Za-z])</?(?:b|br|p|strong) ?/?>": r" \1 ",
     r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})": ",",  # 9{,}500
     r"\^ ?\{? ?(?:\\circ(?![A-Za-z])|°)|\\degree(?![A-Za-z])": "°",
     r"\} ?\{": "/",  # \frac{1}{2}
@@ -41,7 +41,7 @@ _MARKUP = {
     r"(?<![A-Za-z0-9])(\*{1,3}|_{1,4})([^*_\n]+)\1": r" \2 ",  # **72**
 }
 _LATIN, _HAN = "A-Za-zµÀ-ÖØ-öø-ʯͰ-Ͽ𝐀-𝟋", r"[^\W\d_A-Za-z]"  # the letters of formulas; all others are words
-_FUNCTION = r"(?i:sqrt|[dt]?frac|(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|abs|max|min|gcd|lcm)"
+_FUNCTION = r"(?i:sqrt|[dt]?frac|(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|abs|max|min|gcd|lcm|mod)"
 # The units that may touch the digits, as in 5kg. Any other letter there makes them a term, 5x, or another number, 2e3.
 _UNIT = (
     r"(?:[nmµμcdk]?m|[μµm]?g|kgs?|K[gGM]|[CM][ML]|[mcdk]?[lL]|[ht]|m?s|[mkMG]?(?:Wh?|V|Hz|h?Pa|Ω)|[mk][AJN]|k?cal|m?mol|ha"
@@ -60,25 +60,25 @@ _PREFIX = re.compile(rf"(?:({_SIGN})(?:{_CURRENCY} ?)?|{_CURRENCY} ?({_SIGN})?|)
 _DIGITS = re.compile(r"(?=[.0-9])(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)")
 # What makes digits a part of something else: x2, m^2, f(5), 3/4, 3:4, 三分之5 (but 百分之5 is 5 per cent), \sqrt 5 …
 _PART_BEFORE = re.compile(
-    rf"(?:[{_LATIN}0-9_一二两三四五六七八九十百千万亿]|\^ ?-? ?|[{_LATIN}][(\[]|(?<![{_LATIN}])[b-zͰ-Ͽ][ (\[]{{1,3}}|[0-9][/:]|(?:√"
-    rf"|(?<!百)分之|根号下?|(?<![A-Za-z]){_FUNCTION}|[大小多少高低]于|不(?:等于|足|到)|正负|[负負]|乘以?|除以?|(?<!增)加上?|减去?|两个"
+    rf"(?:[{_LATIN}0-9_十百千万亿又]|(?<!{_HAN})[一二两三四五六七八九]|\^ ?-? ?|[{_LATIN}][(\[]|(?<![{_LATIN}])[b-zͰ-Ͽ][ (\[]{{1,3}}|[0-9][/:]|(?:√"
+    rf"|(?<!百)分之|根号下?|(?<![A-Za-z]){_FUNCTION}|[大小]于|(?<!不)[多少高低]于|不(?:等于|足|到)|正负|[负負]|乘以?|(?<![开扣])除以?|(?<![增参添要])加上?|减去?|两个"
     r"|半个?|(?i:than|twice|double|half|root|plus|minus|times|divided by)(?: of)?)[ (“\"\[]{0,2})\Z"
 )
 # … 5², 1½, 1.2.3, 5:x, 5/x, 5x (but 5kg and 5days are words), and behind brackets too 5 x, 2^n, 3!, 4\pi, 3万, 3个半 …
-_KILO = "克(?!拉)|米(?![粉饭线])|(?:[瓦焦卡伏赫帕安升牛欧][时安特兹顿]?|卡路里|字节|比特|电子伏)(?![^\\W\\d_A-Za-z每的以左时])"
+_KILO = "克(?!拉)|米(?![粉饭线])|(?:[瓦焦卡伏赫帕安升牛欧][时安特兹顿]?|卡路里|字节|比特|电子伏)(?![^\\W\\d_A-Za-z每的以左时热能])"
 _PART_AFTER = re.compile(
-    rf"[²³¹¼-¾⁰-₉⅐-⅞\u0300-\u036f_零一二两三四五六七八九多余几]|来[个万人天年]|\.[0-9]|:\S|[/·](?!{_HAN}|{_UNIT}|[a-z]{{3}})"
-    rf"|(?!{_UNIT}|(?!{_FUNCTION})[A-Z]?[a-z]{{4}})[{_LATIN}]|[ ()\[\]\"“”‘’「」，]{{0,4}}(?:[!^πΠ‰‱√]|\\(?:pi|{_FUNCTION})"
+    rf"[²³¹¼-¾⁰-₉⅐-⅞\u0300-\u036f_零二两三四五六七八九多余几]|一(?!共)|来[个万人天年]|\.[0-9]|:\S|[/·](?!{_HAN}|{_UNIT}|[a-z]{{3}})"
+    rf"|(?!{_UNIT}|(?!{_FUNCTION})[A-Z]?[a-z]{{4}})[{_LATIN}]|[ ()\[\]\"“”‘’「」，]{{0,4}}(?:[!^πΠ‰‱√]|\\?pi(?![A-Za-z])|\\{_FUNCTION}"
     rf"|(?<![\w.])(?!{_UNIT}|a [a-z]|[apAP]\.|[ACFJKNTVW](?!\w))[{_LATIN}](?![{_LATIN}&'’-])"
-    rf"|[十拾佰仟]|个?[万萬亿億半](?![径圆价])|兆(?![瓦帕赫焦欧字比])|打(?![印开包])|成(?![人员年品])|百(?!帕)|千(?!{_KILO})|分之"
+    rf"|[十拾佰仟]|个?[万萬亿億半](?![径圆价成])|兆(?![瓦帕赫焦欧字比])|打(?![印开包])|成(?![人员年品])|百(?!帕)|千(?!{_KILO})|分之"
     r"|-?(?i:hundred|thousand|(?:m|b|tr|quadr)illion|mln|bn|grand|lakh|crore|score|dozen|squared|cubed|(?:and )?(?:a )?half)"
-    r"(?:s?(?![A-Za-z])))"
+    r"(?:s|ths?)?(?![A-Za-z]))"
 )
 # What may join words (T-shirt, km/h, 千瓦·时), and words that make it another number: in its phrase.
 _JOINT = rf"[-/·](?:(?<=[a-z一]-)(?=[a-z]{{3}})|(?<!-)(?:(?<={_HAN}.)|(?<=[a-z][a-z].)|(?<=m.))(?=[^\W\d_]))"
 _NO_WORD_AFTER = re.compile(
-    r"[^，。,;；：:是为占]{0,40}?(?:(?<![上下前后])半(?![径圆价年天月小])|(?<![得积])分之|次[方幂]|阶乘|倒数|相反数|绝对值|方根|[平立]方(?![米里厘分毫千公英])"
-    rf"|[两二三四五六七八九十百]倍| plus| minus|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
+    r"[^，。,;；：:是为占]{0,40}?(?:(?<![上下前后])半(?![径圆价年天月小成])|(?<![得积])分之|次[方幂]|阶乘|倒数|相反数|绝对值|方根|[平立]方(?![米里厘分毫千公英])"
+    rf"|[两二三四五六七八九十百]倍|[乘除]以| (?:plus|minus|mod)(?![a-z])|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
 )
 
 
@@ -90,7 +90,7 @@ def extract_answer(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     text = re.sub("，(?=[０-９]{3})(?<=[０-９]，)", ",", text).translate(_FOLD)
-    if any(c in text for c in ("<b", "<strong", *"\\{*_`$°∴→⇒∠")):
+    if any(c in text for c in ("<b", "<p", "<strong", *"\\{*_`$°∴→⇒∠")):
         for pattern, plain in _MARKUP.items():
             text = re.sub(pattern, plain, text)
     return " ".join(text.split()).replace(" / ", "/")
@@ -118,15 +118,13 @@ def parse_number(text: str) -> Decimal | None:
     Anything else makes it none: a second number (10 80, 3/4, 48+24=72), an operator or a function (x>5, 3!, \\sin 30),
     a letter that is no unit (x2, 5x, 2e3), a word that makes it another number (3千 but not 3千克, 3个半, 3 million), 5².
     """
-    plain = _plain(text)
-    match = _DIGITS.search(plain)
+    match = _DIGITS.search(plain := _plain(text))
     number, start = _read(match) if match else (None, 0)
     if number is None or match.span() == (0, len(plain)):  # nothing around it, as in most answers and labels
         return number
     before = re.sub(r"(?:[=≈~]|\\approx)\Z", "", plain[:start].rstrip(" (\"'“‘「$[")).lower()
     after = re.sub(_SUFFIX, "", re.sub(_POWER, r"\1", plain[match.end() :].lstrip(")\"'”’」$]"), count=1), count=1)
-    around = re.sub(_JOINT, "", f" {before}。一{after}".lower())  # 一 for the number
-    # Digits and mathematical symbols (Sm), as Unicode has them. 一 and 千 are letters there: `3 个一斤的苹果`.
+    around = re.sub(_JOINT, "", f" {before}。一{after}".lower())  # 一 for the number: no digit in Unicode, but a letter
     strange = any(c in "*/\\_@%·-^π‰‱⌊⌋⌈⌉" or unicodedata.category(c) in ("Nd", "Nl", "No", "Sm") for c in set(around))
     return None if strange or _NO_WORD_AFTER.match(after) else number
 
@@ -140,8 +138,8 @@ def label_number(label: int | float | str | Decimal) -> Decimal | None:
     """The label as a number, None if it is not one. A string may be written like an answer (`1,080`).
 
     A float means what it prints. But a float32 that prints 12 digits or more where 7 will do, as 0.1 does when it has
-    been one (0.10000000149011612), means those 7; not a whole number, nor a fraction of 12 bits, nor one that needs 8
-    digits ((3/4)**10). A finer fraction that is a float32, and has so short a form, cannot be told from a rounded one.
+    been one (0.10000000149011612), means those 7: no whole number below 2**53, no fraction of 12 bits (1/8192). Of a
+    finer one it cannot be told whether it was rounded; (3/4)**10, a float32 that takes 8 digits, means itself.
     """
     label = label[()] if getattr(label, "shape", None) == () else label  # NumPy's array of no dimension
     if isinstance(label, str | Fraction):
@@ -149,10 +147,9 @@ def label_number(label: int | float | str | Decimal) -> Decimal | None:
     if isinstance(label, bool) or not isinstance(label, Decimal | numbers.Real):
         return None
     number = Decimal(int(label) if isinstance(label, numbers.Integral) else str(label))  # NumPy's and pandas' too
-    if isinstance(label, float) and len(number.normalize().as_tuple().digits) > 11 and "0" * 10 not in label.hex():
-        short = f"{label:.7g}"
-        rounded = array("f", [float(short)])[0] == label and not (label.is_integer() and abs(label) < 2**53)
-        number = Decimal(short) if rounded else number
+    long = isinstance(label, float) and len(number.normalize().as_tuple().digits) > 11 and "0" * 10 not in label.hex()
+    if long and array("f", [short := float(f"{label:.7g}")])[0] == label and (label % 1 or abs(label) >= 2**53):
+        number = Decimal(str(short))
     return number if number.is_finite() else None
 
 
@@ -196,8 +193,6 @@ def is_correct(text: str, label: int | float | str) -> bool:
 
 
 # TRL calls each of these with the completions of a step (and the dataset's columns by name) and adds the results up.
-
-
 def correctness_reward_func(completions: list, answer: list, **kwargs) -> list[float]:
     """2.0 for the right number inside `<answer>`, else 0.0. `answer`: one label a completion."""
     return [2.0 if is_correct(text, label) else 0.0 for text, label in zip(_texts(completions), answer, strict=True)]
