@@ -32,13 +32,13 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _FOLD = {c: c - 0xFEE0 for c in range(0xFF02, 0xFF5F) if c != 0xFF0C} | dict.fromkeys(map(ord, "−‐‑‒–﹣"), "-")
 # What LaTeX, Markdown and HTML write for other signs, or for none. \sqrt, \pi and all that is not named here stays.
 _MARKUP = {
-    r"(?<![A-Za-z\\])\${1,2}([^$\n]+)(?<!\\)\${1,2}(?![0-9])|(?<![A-Za-z])</?(?:b|br|p|strong) ?/?>": r" \1 ",
+    r"\$(?<![A-Za-z\\].)\$?([^$\n]+)(?<!\\)\$\$?(?![0-9])|<(?<![A-Za-z].)/?(?:b|br|p|strong) ?/?>": r" \1 ",  # $72$, <b>
     r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})": ",",  # 9{,}500
     r"\^ ?\{? ?(?:\\circ(?![A-Za-z])|°)|\\degree(?![A-Za-z])": "°",
     r"\} ?\{": "/",  # \frac{1}{2}
-    r"~?\\(?:(?:boxed|[fm]box|text[a-z]*|math[a-z]{2}|rm|bm|boldsymbol|underline|operatorname|displaystyle|left|right|q?quad"
-    r"|Omega|therefore|[Rr]ightarrow)(?![A-Za-z])|[\\{},;:!>()\[\]\s]|(?=[$%#]))|[{}`∴→⇒∠]|(?m:^ *(?:\* |[-+>] (?=\*\*)))": " ",
-    r"(?<![A-Za-z0-9])(\*{1,3}|_{1,4})([^*_\n]+)\1": r" \2 ",  # **72**
+    r"[{}`∴→⇒∠~\\](?:(?<![~\\])|(?<=~)(?=\\)|(?<=\\)(?:[\\{},;:!>()\[\]\s]|(?=[$%#])|(?:boxed|[fm]box|text[a-z]*|math[a-z]{2}"
+    r"|rm|bm|boldsymbol|underline|operatorname|displaystyle|left|right|q?quad|Omega|therefore|[Rr]ightarrow)(?![A-Za-z])))": " ",
+    r"(?m:^ *(?:\* |[-+>] (?=\*\*)))|(?<![A-Za-z0-9])(\*{1,3}|_{1,4})([^*_\n]+)\1": r" \2 ",  # a bullet, **72**
 }
 _LATIN, _HAN = "A-Za-zµÀ-ÖØ-öø-ʯͰ-Ͽ𝐀-𝟋", r"[^\W\d_A-Za-z]"  # the letters of formulas; all others are words
 _FUNCTION = r"(?i:sqrt|[dt]?frac|(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|abs|max|min|gcd|lcm|mod)"
@@ -78,7 +78,7 @@ _PART_AFTER = re.compile(
 _JOINT = rf"[-/·](?:(?<=[a-z一]-)(?=[a-z]{{3}})|(?<!-)(?:(?<={_HAN}.)|(?<=[a-z][a-z].)|(?<=m.))(?=[^\W\d_]))"
 _NO_WORD_AFTER = re.compile(
     r"[^，。,;；：:是为占]{0,40}?(?:(?<![上下前后])半(?![径圆价年天月小成])|(?<![得积])分之|次[方幂]|阶乘|倒数|相反数|绝对值|方根|[平立]方(?![米里厘分毫千公英])"
-    rf"|[两二三四五六七八九十百]倍|[乘除]以| (?:plus|minus|mod)(?![a-z])|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
+    rf"|[两二三四五六七八九十百]倍|[加减乘除]\Z|[乘除]以| (?:plus|minus|mod)(?![a-z])|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
 )
 
 
