@@ -36,7 +36,7 @@ _MARKUP = {
     r"(?<=[0-9])(?:\{,\}|\\,|,\\!)(?=[0-9]{3})": ",",  # 9{,}500
     r"\^ ?\{? ?(?:\\circ(?![A-Za-z])|°)|\\degree(?![A-Za-z])": "°",
     r"\} ?\{": "/",  # \frac{1}{2}
-    r"[{}`∴→⇒∠~\\](?:(?<![~\\])|(?<=~)(?=\\)|(?<=\\)(?:[\\{},;:!>()\[\]\s]|(?=[$%#])|(?:boxed|[fm]box|text[a-z]*|math[a-z]{2}"
+    r"[{}`∴→⇒∠~\\](?:(?<![~\\])|(?<=~)(?=[\\a-z])|(?<=\\)(?:[\\{},;:!>()\[\]\s]|(?=[$%#])|(?:boxed|[fm]box|text[a-z]*|math[a-z]{2}"
     r"|rm|bm|boldsymbol|underline|operatorname|displaystyle|left|right|q?quad|Omega|therefore|[Rr]ightarrow)(?![A-Za-z])))": " ",
     r"(?m:^ *(?:\* |[-+>] (?=\*\*)))|(?<![A-Za-z0-9])(\*{1,3}|_{1,4})([^*_\n]+)\1": r" \2 ",  # a bullet, **72**
 }
@@ -48,7 +48,7 @@ _UNIT = (
     rf"|[kmKMGT]i?[Bb](?:ps)?|in|ft|yd|mi|lbs?|oz|hrs?|mins?|secs?|[ap]m|mph|pcs|st|[nr]d|th|RMB|CNY|USD|HKD|EUR|GBP|JPY)(?![{_LATIN}])"
 )
 _SUFFIX = rf" ?%| ?\(?(?:{_UNIT}|[A-Z](?=/)|[/·]){{1,5}}|"
-_POWER = rf"((?<![{_LATIN}])[mcdk]?[ms]|[米里秒])(?: ?\^ ?[23]|[²³]|(?<=m)[23])(?!\w|\.[0-9])"  # of a unit: m², m^2, m2
+_POWER = rf"((?<![{_LATIN}])[mcdk]?[ms]|[米里秒])(?: ?\^ ?[23]|[²³]|(?<=m)[23])(?![A-Za-z0-9]|\.[0-9])"  # of a unit: m², m^2, m2
 _CURRENCY = r"(?:(?<![A-Za-z])(?:[A-Z]{1,2}\$|RMB|CNY|USD|HKD|EUR|GBP|JPY)|[$¥￥€£￡₩₹]|(?<![0-9])(?:人民币|美元))"
 # A minus is a sign where there is nothing to take from; after a word only if it touches the number, as 是-5 does.
 _SIGN = (
@@ -61,16 +61,16 @@ _DIGITS = re.compile(r"(?=[.0-9])(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0
 # What makes digits a part of something else: x2, m^2, f(5), 3/4, 3:4, 三分之5 (but 百分之5 is 5 per cent), \sqrt 5 …
 _PART_BEFORE = re.compile(
     rf"(?:[{_LATIN}0-9_十百千万亿又]|(?<!{_HAN})[一二两三四五六七八九]|\^ ?-? ?|[{_LATIN}][(\[]|(?<![{_LATIN}])[b-zͰ-Ͽ][ (\[]{{1,3}}|[0-9][/:]|(?:√"
-    rf"|(?<!百)分之|根号下?|(?<![A-Za-z]){_FUNCTION}|[大小]于|(?<!不)[多少高低]于|不(?:等于|足|到)|正负|[负負]|乘以?|(?<![开扣])除以?|(?<![增参添要])加上?|减去?|两个"
+    rf"|(?<!百)分之|根号下?|(?<![A-Za-z]){_FUNCTION}|[大小]于|(?<!不)[多少高低]于|不(?:等于|足|到)|正负|[负負]|乘以?|除以|(?<![增参添要])加上?|减去?|两个"
     r"|半个?|(?i:than|twice|double|half|root|plus|minus|times|divided by)(?: of)?)[ (“\"\[]{0,2})\Z"
 )
 # … 5², 1½, 1.2.3, 5:x, 5/x, 5x (but 5kg and 5days are words), and behind brackets too 5 x, 2^n, 3!, 4\pi, 3万, 3个半 …
 _KILO = "克(?!拉)|米(?![粉饭线])|(?:[瓦焦卡伏赫帕安升牛欧][时安特兹顿]?|卡路里|字节|比特|电子伏)(?![^\\W\\d_A-Za-z每的以左时热能])"
 _PART_AFTER = re.compile(
-    rf"[²³¹¼-¾⁰-₉⅐-⅞\u0300-\u036f_零二两三四五六七八九多余几]|一(?!共)|来[个万人天年]|\.[0-9]|:\S|[/·](?!{_HAN}|{_UNIT}|[a-z]{{3}})"
+    rf"[²³¹¼-¾⁰-₉⅐-⅞\u0300-\u036f_零二两三四五六七八九多余几减乘除]|一(?!共)|加(?!仑)|来[个万人天年]|\.[0-9]|:\S|[/·](?!{_HAN}|{_UNIT}|[a-z]{{3}})"
     rf"|(?!{_UNIT}|(?!{_FUNCTION})[A-Z]?[a-z]{{4}})[{_LATIN}]|[ ()\[\]\"“”‘’「」，]{{0,4}}(?:[!^πΠ‰‱√]|\\?pi(?![A-Za-z])|\\{_FUNCTION}"
     rf"|(?<![\w.])(?!{_UNIT}|a [a-z]|[apAP]\.|[ACFJKNTVW](?!\w))[{_LATIN}](?![{_LATIN}&'’-])"
-    rf"|[十拾佰仟]|个?[万萬亿億半](?![径圆价成])|兆(?![瓦帕赫焦欧字比])|打(?![印开包])|成(?![人员年品])|百(?!帕)|千(?!{_KILO})|分之"
+    rf"|[十拾佰仟]|个?[万萬亿億半](?![径圆价成])|兆(?![瓦帕赫焦欧字比位])|打(?![印开包])|成(?![人员年品])|百(?!帕)|千(?!{_KILO})|分之"
     r"|-?(?i:hundred|thousand|(?:m|b|tr|quadr)illion|mln|bn|grand|lakh|crore|score|dozen|squared|cubed|(?:and )?(?:a )?half)"
     r"(?:s|ths?)?(?![A-Za-z]))"
 )
@@ -78,7 +78,7 @@ _PART_AFTER = re.compile(
 _JOINT = rf"[-/·](?:(?<=[a-z一]-)(?=[a-z]{{3}})|(?<!-)(?:(?<={_HAN}.)|(?<=[a-z][a-z].)|(?<=m.))(?=[^\W\d_]))"
 _NO_WORD_AFTER = re.compile(
     r"[^，。,;；：:是为占]{0,40}?(?:(?<![上下前后])半(?![径圆价年天月小成])|(?<![得积])分之|次[方幂]|阶乘|倒数|相反数|绝对值|方根|[平立]方(?![米里厘分毫千公英])"
-    rf"|[两二三四五六七八九十百]倍|[加减乘除]\Z|[乘除]以| (?:plus|minus|mod)(?![a-z])|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
+    rf"|[两二三四五六七八九十百]倍|[乘除]以| (?:plus|minus|mod)(?![a-z])|(?<![{_LATIN}&'’.-])(?!{_UNIT})[b-zͰ-Ͽ](?![\w&'’-]))"
 )
 
 
@@ -93,7 +93,7 @@ def _plain(text: str) -> str:
     if any(c in text for c in ("<b", "<p", "<strong", *"\\{*_`$°∴→⇒∠")):
         for pattern, plain in _MARKUP.items():
             text = re.sub(pattern, plain, text)
-    return " ".join(text.split()).replace(" / ", "/")
+    return " ".join(text.split()).replace(" / ", "/").replace("\\approx", "≈")
 
 
 def _read(match: re.Match) -> tuple[Decimal | None, int]:
@@ -122,7 +122,7 @@ def parse_number(text: str) -> Decimal | None:
     number, start = _read(match) if match else (None, 0)
     if number is None or match.span() == (0, len(plain)):  # nothing around it, as in most answers and labels
         return number
-    before = re.sub(r"(?:[=≈~]|\\approx)\Z", "", plain[:start].rstrip(" (\"'“‘「$[")).lower()
+    before = re.sub(r"[=≈~]\Z", "", plain[:start].rstrip(" (\"'“‘「$[")).lower()
     after = re.sub(_SUFFIX, "", re.sub(_POWER, r"\1", plain[match.end() :].lstrip(")\"'”’」$]"), count=1), count=1)
     around = re.sub(_JOINT, "", f" {before}。一{after}".lower())  # 一 for the number: no digit in Unicode, but a letter
     strange = any(c in "*/\\_@%·-^π‰‱⌊⌋⌈⌉" or unicodedata.category(c) in ("Nd", "Nl", "No", "Sm") for c in set(around))
