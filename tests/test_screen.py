@@ -30,17 +30,15 @@ def named_log(stderr: str) -> Path:
     return Path(re.search(r"importing +the libraries, which write to (\S+)", stderr)[1])
 
 
-def on_a_terminal(command: list[str], *typed: str) -> str:
-    """What `command` writes to a terminal, escape sequences and all; at each prompt the next of `typed` is typed."""
+def on_a_terminal(command: list[str]) -> str:
+    """What `command` writes to a terminal, escape sequences and all."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvp(command[0], command)
-    text, answers = b"", list(typed)
+    text = b""
     try:
         while data := os.read(terminal, 65536):
             text += data
-            if answers and text.endswith(b"> "):
-                os.write(terminal, answers.pop(0).encode())
     except OSError:  # how Linux says that the other end is closed
         pass
     os.waitpid(pid, 0)
@@ -124,16 +122,10 @@ screen.doing("training", "3 steps", total=3); screen.say("step 1"); screen.advan
     assert "1/3" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
 
 
-def test_one_can_talk_on_a_terminal():
-    text = on_a_terminal([sys.executable, "infer.py", "--model", "tiny", "--max_new_tokens", "3"], "1加1\n", "\x04")
-    assert "Ask in Chinese. Ctrl-D ends." in text and "> " in text and "error" not in text
-
-
 def test_help_is_on_the_screen():
-    for name in ("train_grpo.py", "infer.py"):
-        result = subprocess.run([sys.executable, name, "--help"], capture_output=True, text=True)
-        assert "--verbose" in result.stdout and result.returncode == 0
-        assert not named_log(result.stderr).exists()
+    result = subprocess.run([sys.executable, "train_grpo.py", "--help"], capture_output=True, text=True)
+    assert "--verbose" in result.stdout and result.returncode == 0
+    assert not named_log(result.stderr).exists()
 
 
 @pytest.mark.parametrize("version, ends", [((3, 9), True), ((3, 10), False), ((3, 13), False), ((3, 14), True)])
