@@ -35,6 +35,7 @@ from data import control_tokens, load_questions, read_questions, to_prompt, trai
 from rewards import REWARD_FUNCS
 from support.adapters import add_adapter, check_adapter, recipe_of
 from support.asking import StreamedAnswer, parse_arguments, resume_output, show, to_record
+from support.engine import adapter_name
 from support.errors import UserError, run_script
 from support.evaluation import Completion, evaluate, evaluation_table, generate, is_majority_right, mcnemar
 from support.screen import doing, note, say
@@ -70,8 +71,7 @@ def main() -> None:
     }
     if args.adapter:
         check_adapter(args.adapter, recipe.model)
-        weights = (args.adapter / "adapter_model.safetensors").read_bytes()  # trained anew, it is another one
-        settings["adapter_sha256"] = hashlib.sha256(weights).hexdigest()[:12]
+        settings["adapter_sha256"] = adapter_name(args.adapter)[0][:12]  # trained anew, it is another one
     done = resume_output(args.output, questions, settings) if args.input else 0
     if args.input and done == len(questions):
         say(f"All {done} questions are answered in {args.output} already.")

@@ -64,7 +64,12 @@ def check_adapter(adapter: Path, model: str) -> None:
         ) from error
     layers = {int(found[1]) for name in shapes if (found := re.search(r"\.layers\.(\d+)\.", name))}
     widths = {shape[1] for name, shape in shapes.items() if re.search(r"\.(q|k|v|gate|up)_proj\.lora_A\.", name)}
-    some = read_config(adapter).get("layers_to_transform") is not None  # else a LoRA is on all layers
+    lora = read_config(adapter)
+    # A list of modules is on all layers; a pattern, or an exception from it, may be on some.
+    some = isinstance(lora.get("target_modules"), str) or any(
+        lora.get(name) is not None for name in ("layers_to_transform", "exclude_modules")
+    )
+    some = some or any(re.search(r"\d", name) for name in lora.get("target_modules") or [])
     fits = layers <= set(range(config.num_hidden_layers)) if some else len(layers) == config.num_hidden_layers
     if not fits or widths - {config.hidden_size}:
         raise UserError(

@@ -301,12 +301,14 @@ def test_an_adapter_without_its_recipe_says_so(adapter, tmp_path, capsys):
     [
         {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [3]},
         {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2], "r": 4, "lora_alpha": 16},
+        {"target_modules": r".*layers\.[12]\..*(q|v)_proj"},
+        {"target_modules": ["layers.1.mlp.up_proj"]},
         {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
         {"target_modules": ["q_proj"], "use_dora": True},
         {"target_modules": "all-linear", "rank_pattern": {"q_proj": 24}},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ],
-    ids=["one layer", "two layers", "MLP", "DoRA", "ranks", "a whole layer"],
+    ids=["one layer", "two layers", "a pattern", "one module", "MLP", "DoRA", "ranks", "a whole layer"],
 )
 def test_a_lora_of_any_shape_answers(infer, tmp_path, options):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained("tiny"), LoraConfig(**{"r": 8, **options}))
