@@ -252,7 +252,7 @@ def run(recipe: Recipe) -> None:
         train_dataset=training_questions(train, recipe, start.step, start.used),
         processing_class=tokenizer,
     )
-    report = Report(recipe, start, rollout)
+    report = Report(recipe, start, len(train), rollout)
     saving = Saving(recipe, trainer, report)
     trainer.remove_callback(ProgressCallback)
     for callback in (report, DivergenceCheck(recipe, report.metrics), saving):

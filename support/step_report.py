@@ -45,11 +45,11 @@ def recording(reward_func, rollout: dict):
 class Report(TrainerCallback):
     """A readable line a step, metrics.jsonl, samples.jsonl, eval.json and reward_curve.png.
 
-    `rollout`: what `recording` leaves there.
+    `questions`: how many there are to train on. `rollout`: what `recording` leaves there.
     """
 
-    def __init__(self, recipe: Recipe, start: Start, rollout: dict):
-        self.recipe, self.start, self.rollout = recipe, start, rollout
+    def __init__(self, recipe: Recipe, start: Start, questions: int, rollout: dict):
+        self.recipe, self.start, self.questions, self.rollout = recipe, start, questions, rollout
         self.metrics, self.samples = (
             [line for line in read_json_lines(self.out / f"{name}.jsonl") if line["step"] <= start.step]
             for name in ("metrics", "samples")
@@ -126,7 +126,12 @@ class Report(TrainerCallback):
         metrics = {
             key.removesuffix("/mean") if key.startswith("rewards/") else key: value for key, value in logs.items()
         }
-        return {"step": step, **metrics, "seconds": self.seconds[-1], "gib": peak / GIB}
+        epoch = self.used(step) / self.questions  # TRL's is the share of the run that is over
+        return {"step": step, **metrics, "epoch": epoch, "seconds": self.seconds[-1], "gib": peak / GIB}
+
+    def used(self, step: int) -> int:
+        """How many questions have been used up to `step`, one that came again counted again."""
+        return self.start.used + (step - self.start.step) * self.recipe.prompts_per_step
 
     def samples_of(self, step: int) -> list[dict]:
         """The lines of samples.jsonl for a step: every completion with its rewards."""

@@ -86,9 +86,7 @@ class Saving(TrainerCallback):
         self.mark_complete(state.global_step)
 
     def mark_complete(self, step: int) -> None:
-        start = self.report.start
-        used = start.used + (step - start.step) * self.recipe.prompts_per_step
-        mark_complete(self.out / f"checkpoint-{step}", self.recipe, used)
+        mark_complete(self.out / f"checkpoint-{step}", self.recipe, self.report.used(step))
 
     def leave_if_stopped(self) -> None:
         """Ends the script where a signal has ended the training."""

@@ -362,6 +362,9 @@ def test_other_prompts_a_step_go_on_with_the_questions_not_used_yet(half, monkey
     assert questions == [prompt[-1]["content"] for prompt in order]
     newest = json.loads((half / "checkpoint-14" / "complete.json").read_text())
     assert newest["questions"] == len(order)
+    epochs = [line["epoch"] for line in jsonl(half / "metrics.jsonl")]
+    used = [*range(2, 19, 2), 21, 24, 25, 26, 27]
+    assert epochs == [count / len(train) for count in used]
 
 
 def test_a_second_run_in_a_folder_is_stopped_and_a_killed_one_is_not_in_the_way(half, monkeypatch, tmp_path):
