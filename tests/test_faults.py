@@ -129,7 +129,7 @@ def test_a_folder_that_goes_away_in_the_last_evaluation(monkeypatch, tmp_path, c
             out.mkdir(parents=True)
         return generate(*arguments, adapter=adapter, **options)
 
-    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "report.py"))
+    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "stopping.py"))
     monkeypatch.setattr(support.evaluation, "generate", unmount_and_generate)
     with pytest.raises(UserError, match="cannot write to .* any more .*checkpoint of step 2 .*Continue with: "):
         in_process(monkeypatch, "--max_steps", 2, "--output_dir", out)
@@ -246,7 +246,7 @@ def test_the_last_good_checkpoint_is_kept(monkeypatch, tmp_path):
 
 def test_a_disk_that_is_full(monkeypatch, tmp_path):
     """A limit on the size of files: checkpoints cannot be written, here or elsewhere."""
-    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "report.py"))
+    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "stopping.py"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
