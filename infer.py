@@ -53,6 +53,9 @@ def main() -> None:
     recipe.model = args.model or recipe.model
     if args.model and not GPU:  # the recipe's are for a GPU
         recipe.load_in_4bit = recipe.use_vllm = False
+    for name in ("use_vllm", "enforce_eager"):
+        if getattr(args, name):
+            setattr(recipe, name, getattr(args, name) == "true")
     recipe.dataset = args.dataset or recipe.dataset
     recipe.max_completion_length = args.max_new_tokens or recipe.max_completion_length
     temperature = (

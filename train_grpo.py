@@ -11,11 +11,12 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
     python train_grpo.py                                          a free Colab T4 or better, the default settings
     python train_grpo.py --config recipes/24gb.yaml --max_steps 500
     python train_grpo.py --config recipes/tiny.yaml               a tiny policy, no GPU, a few minutes
+    python train_grpo.py --check                                  what holds on this machine, in a few minutes
     python train_grpo.py --help                                   every setting
 
 The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation. What is not in this file: every
 number of a run and its default (support/settings.py, recipes/*.yaml), checks and the memory estimate (preflight.py,
-memory.py), what is printed and written for each step (step_report.py), schedules of the learning rate (schedule.py), going
+memory.py), what --check tries (check.py), what is printed and written for each step (step_report.py), schedules of the learning rate (schedule.py), going
 on after an interruption (stopping.py, resuming.py), how answers are measured (evaluation.py; when: `run`, below), files of
 questions (data.py, tables.py).
 """
@@ -29,10 +30,12 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from support import turing
 from support.memory import is_out_of_memory, limit_memory, memory_advice
 from support.preflight import (
     GPU,
@@ -40,6 +43,7 @@ from support.preflight import (
     check_machine,
     compute_dtype,
     model_error,
+    nvidia_driver,
     preflight,
     prepare_tokenizer,
 )
@@ -49,15 +53,16 @@ if GPU:
     # cores, for steps that hardly get faster. unsloth unrolls its loss for it, unless its own variable is set.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
-    # FlashInfer, which vLLM imports and does not use here, would compile a C++ extension at its first import.
+    # No FlashInfer, which compiles itself for a minute and a half at its first start, and a C++ extension when imported.
+    os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
     os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
+    turing.before_unsloth()
     # before trl, transformers and peft, which it patches, and before CUDA starts, whose allocator it sets up
     from unsloth import FastLanguageModel
 
-    if torch.cuda.get_device_capability() < (8, 0):  # T4: no FlashAttention 2; XFORMERS fails at the first token
-        os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
+    turing.after_unsloth()
 
 from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
@@ -66,11 +71,12 @@ from trl import GRPOConfig
 
 from data import load_questions, train_and_test_splits
 from rewards import REWARD_FUNCS
+from support.check import Check
 from support.divergence import DivergenceCheck
-from support.engine import engine_arguments, own_lora_folder
+from support.engine import engine_arguments, generation, own_lora_folder, start_again
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
-from support.places import find_model
+from support.places import SCRIPTS, find_model
 from support.resuming import find_start, hold
 from support.schedule import schedule_arguments
 from support.screen import doing, say
@@ -108,6 +114,10 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
             )
     except MODEL_ERRORS as error:
         raise model_error(recipe.model, error) from error
+    except Exception as error:  # of vLLM, Triton or CUDA
+        if not recipe.use_vllm or is_out_of_memory(error):
+            raise
+        raise start_again(recipe, error) from error
     return model, prepare_tokenizer(tokenizer, recipe.model)
 
 
@@ -127,6 +137,15 @@ def attach_lora(model, recipe: Recipe):
         return own_lora_folder(model) if recipe.use_vllm else model
     torch.manual_seed(recipe.seed)
     return get_peft_model(model, LoraConfig(**lora))
+
+
+def load_policy(recipe: Recipe):
+    """The policy that is trained, and its tokenizer: the base model with a fresh LoRA."""
+    doing("loading", recipe.model)
+    model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
+    if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
+        model.generation_config = GenerationConfig()
+    return attach_lora(model, recipe), tokenizer
 
 
 # --- training ----------------------------------------------------------------------------------------
@@ -209,6 +228,28 @@ def training_questions(questions, recipe: Recipe, step: int = 0, used: int = 0):
 # --- the run -----------------------------------------------------------------------------------------
 
 
+def read_model(recipe: Recipe):
+    """The model's config and its tokenizer, after a look at the machine that is to load it."""
+    check_machine(recipe)
+    name = find_model(recipe.model)
+    try:
+        model_config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except MODEL_ERRORS as error:
+        raise model_error(recipe.model, error) from error
+    return model_config, prepare_tokenizer(tokenizer, recipe.model)
+
+
+def read_questions(recipe: Recipe, tokenizer):
+    """The questions to train on, and the first `eval_samples` of those that are held out."""
+    doing("reading", recipe.dataset)
+    train_split, test_split = train_and_test_splits(recipe.dataset)
+    train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    test = test.select(range(min(recipe.eval_samples, len(test))))
+    say(f"questions   {len(train)} to train on, {len(test)} held out")
+    return train, test
+
+
 def run(recipe: Recipe) -> None:
     clock, out = time.perf_counter(), Path(recipe.output_dir)
     start = find_start(recipe)  # a checkpoint of an earlier run, or step 1
@@ -216,32 +257,15 @@ def run(recipe: Recipe) -> None:
         return say(evaluation_table(start.evaluations))
 
     # Preflight: all that can be known before anything slow.
-    check_machine(recipe)
-    name = find_model(recipe.model)
-    try:
-        model_config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except MODEL_ERRORS as error:
-        raise model_error(recipe.model, error) from error
-    tokenizer = prepare_tokenizer(tokenizer, recipe.model)
+    model_config, tokenizer = read_model(recipe)
     preflight(recipe, model_config)
     config = training_arguments(recipe)
     start.lock = start.lock or hold(out)  # one run at a time
     screen.log_to(out)
 
-    # Data.
-    doing("reading", recipe.dataset)
-    train_split, test_split = train_and_test_splits(recipe.dataset)
-    train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
-    test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
-    test = test.select(range(min(recipe.eval_samples, len(test))))
-    say(f"questions   {len(train)} to train on, {len(test)} held out")
-
-    # Model.
-    doing("loading", recipe.model)
-    model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
-    if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
-        model.generation_config = GenerationConfig()
-    model = attach_lora(model, recipe)
+    # Data and model.
+    train, test = read_questions(recipe, tokenizer)
+    model, tokenizer = load_policy(recipe)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
     rollout = {}  # a step's answers and rewards: `recording` puts them here, and the report writes them to samples.jsonl
@@ -283,6 +307,7 @@ def run(recipe: Recipe) -> None:
         say(evaluation_table({"before": before, "after": after}))
         report.write_evaluations(
             after=after,
+            generation=generation(recipe, trainer.model),
             gpu=torch.cuda.get_device_name() if GPU else None,
             seconds={"training": round(training_seconds, 1), "total": round(time.perf_counter() - clock, 1)},
             versions=installed_versions(),
@@ -291,10 +316,52 @@ def run(recipe: Recipe) -> None:
     say(f"The LoRA is in {out}/adapter. Ask it: {shlex.join(ask)}")
 
 
+def check(recipe: Recipe) -> None:
+    """--check: tries all that a run of `recipe` needs, one step included, and says what holds; output_dir gets check.json."""
+    recipe = replace(recipe, report_to="none", resume="")
+    with Check(recipe) as checking:
+        checking.packages()
+        checking.begin("preflight", recipe.model)
+        model_config, tokenizer = read_model(recipe)
+        preflight(recipe, model_config)
+        config = training_arguments(replace(recipe, max_steps=1))
+        config.save_strategy = "no"
+        lock = hold(Path(recipe.output_dir))  # noqa: F841  as long as it is open, no run begins beside this
+        screen.log_to(Path(recipe.output_dir))
+        checking.machine()
+        if GPU:
+            checking.triton_kernel()
+        if recipe.load_in_4bit:
+            checking.four_bit_product(model_config)
+
+        checking.begin("questions", recipe.dataset)
+        train, _ = read_questions(recipe, tokenizer)
+        checking.begin("loading", recipe.model)
+        start = time.perf_counter()
+        model, tokenizer = load_policy(recipe)
+        checking.engine(model, time.perf_counter() - start)
+        trainer = Trainer(
+            model=model,
+            # the second of two answers beats the first, so that every group has a variance and all are trained on
+            reward_funcs=[lambda completions, **_: [float(i % 2) for i in range(len(completions))]],
+            args=config,
+            train_dataset=training_questions(train, replace(recipe, max_steps=1)),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(ProgressCallback)
+        checking.log_probabilities(trainer, train["prompt"][:4])
+        checking.step(trainer)
+    say("check passed")
+
+
 def main() -> None:
-    recipe = parse_recipe(sys.argv[1:])
+    argv = sys.argv[1:]
+    if "--check" in argv and "--config" not in argv and not (torch.cuda.is_available() or nvidia_driver()):
+        say("no GPU      recipes/tiny.yaml is checked, which needs none")
+        argv += ["--config", str(SCRIPTS / "recipes" / "tiny.yaml")]
+    recipe = parse_recipe(argv)
     try:
-        run(recipe)
+        check(recipe) if "--check" in argv else run(recipe)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

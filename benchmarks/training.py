@@ -8,6 +8,7 @@ trl       ours, but the model loaded by transformers and PEFT, and transformers 
 trl_vllm  ours, but the model loaded by transformers and PEFT, and TRL's own colocated vLLM generates
 inductor  ours, but torch.compile is on: vLLM compiles the model and its ranking of tokens with it, as it does by default
 compiled  ours, but torch.compile is on: unsloth compiles its loss with it, as it does by default, and vLLM its ranking
+triton    ours, but vLLM's attention is Triton's; flashinfer: FlashInfer's, as unsloth chooses where it finds nvcc and ninja
 
 A variant may bring settings of its own: "ours --prompts_per_step 16".
 --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
@@ -41,6 +42,18 @@ CONFIGS = {
     "trl_vllm": "recipes/t4.yaml",
     "inductor": "recipes/t4.yaml",
     "compiled": "recipes/t4.yaml",
+    "triton": "recipes/t4.yaml",
+    "flashinfer": "recipes/t4.yaml",
+}
+COMPILE = {"TORCHDYNAMO_DISABLE": "0", "UNSLOTH_VLLM_NO_FLASHINFER": "0"}  # as the libraries come
+ENVIRONMENT = {
+    "article": COMPILE | {"UNSLOTH_COMPILE_DISABLE": "0"},
+    "compiled": COMPILE | {"UNSLOTH_COMPILE_DISABLE": "0"},
+    "inductor": COMPILE,
+    "trl": COMPILE,
+    "trl_vllm": COMPILE,
+    "triton": {"VLLM_ATTENTION_BACKEND": "TRITON_ATTN"},
+    "flashinfer": {"UNSLOTH_VLLM_NO_FLASHINFER": "0"},
 }
 CACHES = [
     "VLLM_CACHE_ROOT",
@@ -48,6 +61,7 @@ CACHES = [
     "TRITON_CACHE_DIR",
     "UNSLOTH_COMPILE_LOCATION",
     "TVM_FFI_CACHE_DIR",
+    "FLASHINFER_WORKSPACE_BASE",
 ]
 
 
@@ -246,11 +260,8 @@ def main() -> None:
                 command += ["--all_answers"] if args.all_answers else []
                 command += ["--json", str(path), "--child", str(time.time())]
                 print(f"--- {variant}, {start}", flush=True)
-                kind = variant.split()[0]
-                off = ("TORCHDYNAMO_DISABLE", "TVM_FFI_DISABLE_TORCH_C_DLPACK")
-                compiler = dict.fromkeys(off, "0") if kind != "ours" else {}
-                compiler |= {"UNSLOTH_COMPILE_DISABLE": "0"} if kind in ("article", "compiled") else {}
-                if subprocess.run(command, env=os.environ | caches | compiler).returncode:
+                own = ENVIRONMENT.get(variant.split()[0], {})
+                if subprocess.run(command, env=os.environ | caches | own).returncode:
                     break
                 measured = json.loads(path.read_text())
                 result |= measured | {f"{start} marks": measured["marks"]}

@@ -48,6 +48,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the figures of --eval to FILE")
     add("--merge", type=Path, metavar="DIR", help="write the base model with the adapter merged into it, 16-bit")
     add("--gguf", type=Path, metavar="DIR", help="write the same as GGUF, with unsloth's converter")
+    add("--use_vllm", choices=["true", "false"], help="default: the adapter's, else train_grpo.py's")
+    add("--enforce_eager", choices=["true", "false"], help="vLLM without CUDA graphs; the same default")
     add("--verbose", action="store_true", help="show what the libraries say")
     args = parser.parse_args()
 

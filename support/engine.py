@@ -1,23 +1,26 @@
-"""vLLM in the training process: what unsloth starts it with, and the name that an adapter has in it."""
+"""vLLM in the training process: what unsloth starts it with, what is done where it does not start, an adapter's name in it."""
 
 import hashlib
 import math
 import tempfile
 from pathlib import Path
 
+import torch
+
+from support.errors import StartAgain
+from support.preflight import GPU
 from support.settings import Recipe
+from support.turing import AT_ONCE
 
 
 def engine_arguments(recipe: Recipe, max_num_seqs: int, share: float) -> dict:
     """What FastLanguageModel.from_pretrained needs to start vLLM for `max_num_seqs` completions at once, with `share` of the card."""
-    import vllm.envs
     import vllm.model_executor.models.registry as registry
 
     # vLLM looks at the model's class in a process of its own, which imports torch and vllm once more: half a minute
     registry._run_in_subprocess = lambda look: look()
-    # unsloth sets this variable to 1 where it finds nvcc, and FlashInfer then compiles itself for a minute at the
-    # first start, for top-p and top-k sampling that training does not use.
-    vllm.envs.environment_variables["VLLM_USE_FLASHINFER_SAMPLER"] = lambda: False
+    if torch.cuda.get_device_capability() < (8, 0):
+        max_num_seqs = min(max_num_seqs, AT_ONCE)
     sequences = math.ceil(max_num_seqs / 8) * 8  # as CUDA graphs come
     if sequences == 256:  # unsloth's own default, for which it picks fewer by free memory
         sequences = 264
@@ -27,6 +30,32 @@ def engine_arguments(recipe: Recipe, max_num_seqs: int, share: float) -> dict:
         "max_lora_rank": next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= recipe.lora_rank),
         "max_num_seqs": sequences,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},  # no compiler, but CUDA graphs
+        "enforce_eager": recipe.enforce_eager,  # not even these
+    }
+
+
+def start_again(recipe: Recipe, error: Exception) -> StartAgain:
+    """The way out where vLLM did not start: the same again without CUDA graphs and, where it had none, without vLLM."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if recipe.enforce_eager:
+        how, arguments = "without vLLM, which is slow", ["--use_vllm", "false"]
+    else:
+        how, arguments = "without CUDA graphs", ["--enforce_eager", "true"]
+    return StartAgain(f"vLLM could not start ({reason})", how, arguments)
+
+
+def generation(recipe: Recipe, model) -> dict:
+    """What generates the answers of `model`: the library and, of vLLM, its attention, CUDA graphs and tokens in its cache."""
+    if not hasattr(model, "vllm_engine"):
+        return {"engine": "unsloth" if GPU else "transformers"}
+    llm = model.vllm_engine
+    cache = llm.llm_engine.vllm_config.cache_config
+    attention = llm.collective_rpc(lambda worker: worker.model_runner.attn_groups[0][0].backend.get_name())[0]
+    return {
+        "engine": "vLLM",
+        "attention": attention,
+        "cuda_graphs": not recipe.enforce_eager,
+        "cache_tokens": cache.num_gpu_blocks * cache.block_size,
     }
 
 

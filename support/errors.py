@@ -14,6 +14,17 @@ class UserError(Exception):
         super().__init__(screen.one_line(sentence))
 
 
+class StartAgain(UserError):
+    """Something that the script gets round by itself: `run_script` runs it again, with further `arguments`.
+
+    Nothing else gives back what a failed start of vLLM holds of the GPU.
+    """
+
+    def __init__(self, reason: str, how: str, arguments: list[str]):
+        super().__init__(f"{reason}: give {' '.join(arguments)}.")
+        self.sentence, self.arguments = f"{reason}: starting again {how}.", arguments
+
+
 def fail(message: str) -> None:
     """Raises UserError(message): what the scripts put in the place of argparse's `parser.error`."""
     raise UserError(message)
@@ -33,6 +44,10 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `… | head`: whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), screen.output().fileno())
         sys.exit(141)
+    except StartAgain as error:
+        screen.note(screen.one_line(error.sentence))
+        screen.stop()
+        os.execv(sys.executable, [*sys.orig_argv, *error.arguments])
     except UserError as error:
         screen.fail(str(error), show_log=error.__cause__ is not None)
         sys.exit(2)

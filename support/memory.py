@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_GIB = 0.85  # the CUDA context and library workspaces, outside PyTorch's allocator: 0.83 on an H200
 BUFFERS_GIB = 0.6  # unpacked NF4 weights, blocks that PyTorch keeps: the rest of what benchmarks/memory.py measured
+NO_CACHE = ("memory for the cache", "available KV cache memory")  # vLLM's words
+NOT_FREE = "desired GPU memory utilization"
 
 
 def parameter_counts(config, lora_rank: int) -> tuple[int, int, int]:
@@ -108,8 +110,14 @@ def memory_advice(recipe: Recipe, resumed: bool = False, error: Exception | None
 
     Of vLLM's share only where the `error` is vLLM's about its cache: no other tells whether the share is too large or too small.
     """
-    if error and "memory for the cache" in str(error):
-        return f"vLLM's share has no room for its cache: try --gpu_memory_utilization {min(recipe.gpu_memory_utilization + 0.1, 0.95):g}."
+    share = recipe.gpu_memory_utilization
+    if error and any(words in str(error) for words in NO_CACHE):
+        return f"vLLM's share has no room for its cache: try --gpu_memory_utilization {min(share + 0.1, 0.95):g}."
+    if error and NOT_FREE in str(error):
+        return (
+            "vLLM's share of the card is not free: end what holds the rest (nvidia-smi lists it), or try "
+            f"--gpu_memory_utilization {max(share - 0.1, 0.05):g}."
+        )
     completions = recipe.prompts_per_step * recipe.num_generations
     lower = {
         "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),
@@ -126,5 +134,5 @@ def memory_advice(recipe: Recipe, resumed: bool = False, error: Exception | None
 def is_out_of_memory(error: Exception) -> bool:
     """Of the GPU. unsloth wraps vLLM's error into one of its own."""
     return isinstance(error, RuntimeError) and (
-        "out of memory" in str(error).lower() or "memory for the cache" in str(error)
+        "out of memory" in str(error).lower() or any(words in str(error) for words in (*NO_CACHE, NOT_FREE))
     )

@@ -20,6 +20,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from support.check_file import output_dir_of, write_check
+from support.pins import INSTALL, differences, differing
+
 LOG = "libraries.log"
 LINES = 15  # of the log, under an error
 
@@ -46,6 +49,14 @@ def start() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     sys.excepthook = _unexpected
     doing("importing", f"the libraries, which write to {_log}")
+
+
+def stop() -> None:
+    """Leads 1 and 2 back to where they led, for the process that takes the place of this one."""
+    done()
+    if _out:
+        _point(_out.fileno(), _err.fileno())
+        _end()
 
 
 def log_to(folder: Path) -> None:
@@ -209,4 +220,13 @@ def _unexpected(kind, error, trace) -> None:
     if issubclass(kind, KeyboardInterrupt):
         return
     traceback.print_exception(kind, error, trace)
-    fail(f"{kind.__name__}: {' '.join(str(error).split())[:300]}", show_log=True)
+    sentence = f"{kind.__name__}: {' '.join(str(error).split())[:300]}"
+    if issubclass(kind, ImportError | AttributeError) and (different := differences()):
+        sentence = f"{sentence.rstrip('.')}. {different}: {INSTALL}"
+    fail(sentence, show_log=True)
+    if "--check" in sys.argv:  # and the libraries cannot even be imported
+        failure = {"part": "importing", "sentence": sentence}
+        found = {"passed": False, "failure": failure, "packages": {"differing": differing()}}
+        write_check(output_dir_of(sys.argv[1:]), found, names={})
+        _end()
+        os._exit(2)  # a hook cannot set the status

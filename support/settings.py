@@ -37,7 +37,7 @@ class Recipe:
         const="newest",
     )
 
-    max_steps: int = setting(250, "optimiser steps")
+    max_steps: int = setting(80, "optimiser steps")
     prompts_per_step: int = setting(8, "questions a step")
     num_generations: int = setting(6, "answers to each question: the group whose mean is the baseline")
     micro_batch_size: int = setting(12, "answers in one backward pass; lower it when memory runs out")
@@ -72,6 +72,9 @@ class Recipe:
         "auto", "auto: bfloat16 from compute capability 8.0, else float16"
     )
     use_vllm: bool = setting(True, "generate with vLLM in the same process; needs a GPU")
+    enforce_eager: bool = setting(
+        False, "vLLM without CUDA graphs: slower; tried by itself where vLLM does not start with them"
+    )
     gradient_checkpointing: bool = setting(
         True, "recompute activations in the backward pass: a third slower, and takes far less memory; on a GPU"
     )
@@ -79,7 +82,7 @@ class Recipe:
     vram_gib: float = setting(0.0, "stay under so many GiB of GPU memory; 0: the whole card")
 
     eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")
-    save_steps: int = setting(50, "steps between checkpoints")
+    save_steps: int = setting(10, "steps between checkpoints")
     save_total_limit: int = setting(3, "checkpoints that are kept, the newest ones")
     sample_steps: int = setting(10, "steps between the sample answers that are printed")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
@@ -102,7 +105,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     """The recipe from `--config FILE` and flags, which win. Raises UserError for what is unknown or makes no sense."""
     parser = TrlParser(
         Recipe,
-        usage="python train_grpo.py [--config FILE] [--verbose] [--SETTING VALUE ...]",
+        usage="python train_grpo.py [--config FILE] [--check] [--verbose] [--SETTING VALUE ...]",
         description="GRPO on one GPU: Qwen2.5-7B-Instruct learns to reason in Chinese, from questions and final answers alone.",
         epilog="--config FILE reads settings from a YAML file; flags win over it. Presets: recipes/*.yaml.",
         allow_abbrev=False,
@@ -112,6 +115,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     parser.add_argument(
         "--verbose", action="store_true", help="show what the libraries say, instead of writing it to a file"
     )
+    parser.add_argument("--check", action="store_true", help="try all that this run needs, and say what holds")
     for action in parser._actions:  # --no_use_vllm and its like would repeat the help text of what they negate
         if action.dest.startswith("no_") or any(name.startswith("--no_") for name in action.option_strings):
             action.help = argparse.SUPPRESS

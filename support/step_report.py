@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import os
 import platform
 import resource
 import time
@@ -40,6 +41,9 @@ def recording(reward_func, rollout: dict):
         return rewards
 
     return wrapper
+
+
+LONG = 4 * 3600  # seconds: a free Colab session may end in less
 
 
 class Report(TrainerCallback):
@@ -109,9 +113,21 @@ class Report(TrainerCallback):
             f"{left:.0f} min left",
         )
         screen.advance(state.global_step)
+        if len(self.seconds) == 3:
+            self.say_hours(state.max_steps - state.global_step)
         if state.global_step % self.recipe.sample_steps == 0:
             say("    " + sample_text(samples[0]).replace("\n", "\n    "))
             draw_reward_curve(self.out)
+
+    def say_hours(self, left: int) -> None:
+        """How long the run takes, once its steps have found their pace: the first of this process is the slowest."""
+        seconds = left * sum(self.seconds[1:]) / len(self.seconds[1:])
+        say(f"time        {duration(seconds)} for the {left} steps that are left")
+        if seconds > LONG and not on_mounted_folder(self.out):
+            say(
+                f"            a Colab runtime may end before that, and its disk with it: put --output_dir on a mounted folder "
+                f"(Drive), or give fewer --max_steps; a checkpoint is written every {self.recipe.save_steps} steps"
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         self.begin()  # where no step was left to do
@@ -147,6 +163,18 @@ class Report(TrainerCallback):
             }
             for i, (prompt, completion, answer) in enumerate(rows)
         ]
+
+
+def duration(seconds: float) -> str:
+    """A duration in words: seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} hours"
+
+
+def on_mounted_folder(folder: Path) -> bool:
+    """Whether `folder` lies on a file system of its own, as a Drive does, and not on the machine's."""
+    return any(os.path.ismount(path) for path in [folder.resolve(), *folder.resolve().parents][:-1])
 
 
 def short(name: str) -> str:

@@ -130,7 +130,8 @@ def test_help_is_on_the_screen():
 
 @pytest.mark.parametrize("version, ends", [((3, 9), True), ((3, 10), False), ((3, 13), False), ((3, 14), True)])
 def test_a_python_without_pins_is_told_so_before_anything_fails(version, ends):
-    code = f"import sys; sys.version_info = {(*version, 0)}; sys.path.insert(0, '/nowhere'); sys.argv = ['train_grpo.py']\n"
+    code = "import sys, packaging.requirements\n"  # which looks at the version, too
+    code += f"sys.version_info = {(*version, 0)}; sys.path.insert(0, '/nowhere'); sys.argv = ['train_grpo.py']\n"
     code += "import builtins; real = builtins.__import__\n"
     code += "def no_torch(name, *rest):\n    if name == 'torch': sys.exit(7)\n    return real(name, *rest)\n"
     code += "builtins.__import__ = no_torch\nimport train_grpo"
