@@ -72,6 +72,8 @@ def test_as_stored():
 
 def test_run_all_then_again(client, tmp_path):
     notebook = client().execute()
+    assert printed(notebook, "check").splitlines()[-2] == "check passed"
+    assert json.loads((tmp_path / "run" / "check.json").read_text())["passed"]
     training = printed(notebook, "train")
     assert "\nstep   2  reward " in training and "\nstep   4  reward " in training
     assert "    question: " in training
@@ -94,7 +96,7 @@ def test_run_all_then_again(client, tmp_path):
 
 
 def test_a_failing_script_fails_its_cell(client):
-    failing = client("--max_stepz 1", without=["before"])
+    failing = client("--max_stepz 1", without=["check", "before"])
     with pytest.raises(CellExecutionError) as error:
         failing.execute()
     assert error.value.evalue.startswith("error: unknown setting --max_stepz; the nearest is --max_steps.")
@@ -102,7 +104,7 @@ def test_a_failing_script_fails_its_cell(client):
 
 
 def test_the_stop_button_saves_a_checkpoint(client, tmp_path):
-    stopping = client(SHORT.replace("--max_steps 4", "--max_steps 10000"), without=["before"])
+    stopping = client(SHORT.replace("--max_steps 4", "--max_steps 10000"), without=["check", "before"])
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     async def press_stop_in_step_2():
