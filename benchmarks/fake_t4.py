@@ -1,14 +1,14 @@
-"""Runs a script on a newer card as on a Tesla T4 (compute capability 7.5): its dispatch and Triton's code for it, executed.
+"""Runs a script on a newer card as on a Tesla T4 (compute capability 7.5): its dispatch and Triton's code, executed.
 
     python -m benchmarks.fake_t4 train_grpo.py --max_steps 3
-    python -m benchmarks.fake_t4 -m benchmarks.training ours --no-cold
+    python -m benchmarks.fake_t4 -m benchmarks.training ours --child 1 --json figures.json
 
-What asks for the card, in Python, is told of a T4: torch, vLLM (which asks NVML), pynvml. torch's own attention, whose choice is
-made in C++, does without FlashAttention and cuDNN. Triton lowers for sm_75 (no tensor cores, no asynchronous copies), and
-assembles that PTX for the card that is there. Compiled C++ still runs what it has for the real card, at its speed, and the
-memory is the real card's: --vram_gib 14.56 is a T4's. Processes that the script starts see the real card.
+Who asks for the card, in Python, is told of a T4: torch, vLLM (which asks NVML), pynvml. torch's own attention, whose
+choice is made in C++, does without FlashAttention and cuDNN. Triton lowers for sm_75 (no tensor cores, no asynchronous
+copies) and assembles that PTX for the card that is there. Compiled C++ runs what it has for the real card, at its speed.
+Nothing is held to a T4's memory: that is --vram_gib 14.56. Processes that the script starts see the real card.
 
-The kernels are kept in as-t4, under Triton's own cache. They are for the card that is there: another kind needs a cache of its own.
+Triton's kernels go to as-t4 in its own cache. They are for the card that is there: another kind needs another cache.
 """
 
 import importlib.abc

@@ -1,16 +1,18 @@
-"""The whole recipe under a Tesla T4's dispatch and Triton code, on a newer card (benchmarks/fake_t4.py), in a T4's memory.
+"""The whole recipe on a newer card as on a Tesla T4: its dispatch and Triton code (benchmarks/fake_t4.py), its memory.
 
     python -m benchmarks.t4 --model NF4_MODEL --shape 7B_SHAPE --dataset DATASET --out FOLDER
     python -m benchmarks.t4 --parts kernels
 
-kernels  vLLM's kernels for the LoRA in float16, for the linear layers of the 7B model, against float32 products by torch: with
-         vLLM's blocks and with ours (VLLM_TUNED_CONFIG_FOLDER, which train_grpo.py sets on such a card)
-answers  48 held-out questions, greedy, 48 tokens, float16: on the card as it is and as on a T4, without a LoRA and with a random one
+kernels  vLLM's kernels for the LoRA in float16, at the linear layers of the 7B model, against torch's float32 products:
+         with vLLM's blocks and with ours (VLLM_TUNED_CONFIG_FOLDER, which train_grpo.py sets on such a card)
+answers  48 held-out questions, greedy, 48 tokens, float16: on the card as it is and as on a T4, without a LoRA and with
+         a random one
 train    train_grpo.py, the default recipe on --model, for --steps steps
-shape    three steps of the default recipe on --shape, the 7B model's shape with random weights, trained on all answers
+shape    three steps of the default recipe on --shape, the 7B model's shape with random weights, trained on all
+         answers
 
-Every part runs in processes of its own, and a part that fails does not stop the others. Prints Markdown tables, and keeps the
-children's JSON files and logs in --out. Seconds are this card's, not a T4's.
+Every part runs in processes of its own, and one that fails does not stop the others. Prints Markdown tables; --out keeps
+the children's JSON files and logs. Seconds are this card's, not a T4's.
 """
 
 import argparse
@@ -35,8 +37,8 @@ LINEARS = {  # of Qwen2.5-7B: width in, widths out of what vLLM multiplies at on
 RANKS = (8, 16, 32)
 ROWS = {"decode": (1, 8, 48, 64), "prefill": (512, 2048)}
 LIMITS = (
-    "Not shown by this: bitsandbytes' 4-bit product for sm_75 (a stub in other cards' code), the cutlass attention that a T4 "
-    "trains with, and a T4's speed; seconds are this card's."
+    "Not shown by this: bitsandbytes' 4-bit product for sm_75 (a stub in other cards' code), the cutlass attention that "
+    "a T4 trains with, and a T4's speed; seconds are this card's."
 )
 
 
@@ -102,7 +104,7 @@ def measure_kernels() -> list[dict]:
                 torch.manual_seed(0)
                 a = [random(1, 1, rank, width) / width**0.5 for _ in widths]
                 b = [random(1, 1, out, rank) / rank**0.5 for out in widths]
-                # vLLM keeps strides under the address of a weight, and another weight may get the address of a freed one
+                # vLLM keeps strides by a weight's address, and another weight may get that of a freed one
                 utils._LORA_A_PTR_DICT.clear()
                 utils._LORA_B_PTR_DICT.clear()
                 for rows in (*ROWS["decode"], *ROWS["prefill"]):
@@ -132,7 +134,7 @@ def measure_kernels() -> list[dict]:
 
 
 def write_adapter(config, rank: int, folder: Path, seed: int = 0) -> None:
-    """A LoRA on all seven linear layers of a model of the Qwen2 or Llama kind, random in both of its factors, as PEFT saves it."""
+    """Saves a LoRA as PEFT does, random in both factors, on all seven linear layers of a Qwen2 or Llama model."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -147,8 +149,8 @@ def write_adapter(config, rank: int, folder: Path, seed: int = 0) -> None:
         for name, (width, out) in shapes.items():
             key = f"base_model.model.model.layers.{layer}.{name}"
             weights[f"{key}.lora_A.weight"] = torch.randn(rank, width, generator=random) / width**0.5
-            # about a hundredth of what the layer itself gives: the answers change, and stay answers
-            weights[f"{key}.lora_B.weight"] = torch.randn(out, rank, generator=random) * 0.01 / rank**0.5
+            # some hundredths of what the layer itself gives: the answers change, and stay answers
+            weights[f"{key}.lora_B.weight"] = torch.randn(out, rank, generator=random) * 0.05 / rank**0.5
     targets = [name.partition(".")[2] for name in shapes]
     LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(folder)
     save_file(weights, folder / "adapter_model.safetensors")
@@ -199,8 +201,8 @@ def measure_answers(model: str, dataset: str, adapter: Path) -> dict:
 def compare(answers: list[dict], others: list[dict]) -> dict:
     """How alike two lists of answers to the same prompts are.
 
-    equal: how many texts are the same. tokens: how many there are before the first that differs, in all answers; mean and
-    largest: of the differences of their log-probabilities.
+    equal: how many texts are the same. tokens: how many there are before the first that differs, over all answers.
+    mean, largest: of the differences of the log-probabilities of these tokens.
     """
     differences = []
     for answer, other in zip(answers, others, strict=True):
@@ -238,9 +240,8 @@ def kernels_table(results: list[dict]) -> str:
                     [f"{op}, {min(rows)} to {max(rows)} rows", blocks, error, spills, f"{us:.0f} ({timed} rows)"]
                 )
     heads = ["", "blocks", "largest relative error", "spill on a T4, B a thread", "µs on this card, a layer, rank 16"]
-    return markdown(
-        "vLLM's LoRA kernels, sm_75 lowering executed, float16, the 7B model's linears, ranks 8 to 32", heads, table
-    )
+    title = "vLLM's LoRA kernels, sm_75 lowering executed, float16, the 7B model's linear layers, ranks 8 to 32"
+    return markdown(title, heads, table)
 
 
 def answers_table(real: dict, t4: dict) -> str:
