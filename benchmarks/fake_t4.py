@@ -5,7 +5,7 @@
 
 Who asks for the card, in Python, is told of a T4: torch, vLLM (which asks NVML), pynvml. torch's own attention, whose
 choice is made in C++, does without FlashAttention and cuDNN. Triton lowers for sm_75 (no tensor cores, no asynchronous
-copies) and assembles that PTX for the card that is there. Compiled C++ runs what it has for the real card, at its speed.
+copies) and assembles that PTX for the card that is there. Compiled C++ runs what it has for that card, at its speed.
 Nothing is held to a T4's memory: that is --vram_gib 14.56. Processes that the script starts see the real card.
 
 Triton's kernels go to as-t4 in its own cache. They are for the card that is there: another kind needs another cache.

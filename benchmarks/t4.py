@@ -8,8 +8,7 @@ kernels  vLLM's kernels for the LoRA in float16, at the linear layers of the 7B 
 answers  48 held-out questions, greedy, 48 tokens, float16: on the card as it is and as on a T4, without a LoRA and with
          a random one
 train    train_grpo.py, the default recipe on --model, for --steps steps
-shape    three steps of the default recipe on --shape, the 7B model's shape with random weights, trained on all
-         answers
+shape    three steps of the default recipe on --shape, the 7B model's shape with random weights, trained on all it says
 
 Every part runs in processes of its own, and one that fails does not stop the others. Prints Markdown tables; --out keeps
 the children's JSON files and logs. Seconds are this card's, not a T4's.
@@ -19,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,8 +37,8 @@ LINEARS = {  # of Qwen2.5-7B: width in, widths out of what vLLM multiplies at on
 RANKS = (8, 16, 32)
 ROWS = {"decode": (1, 8, 48, 64), "prefill": (512, 2048)}
 LIMITS = (
-    "Not shown by this: bitsandbytes' 4-bit product for sm_75 (a stub in other cards' code), the cutlass attention that "
-    "a T4 trains with, and a T4's speed; seconds are this card's."
+    "Not shown by this: bitsandbytes' 4-bit product for sm_75 (a stub in other cards' code), the cutlass attention "
+    "that a T4 trains with, and a T4's speed; seconds are this card's."
 )
 
 
@@ -291,7 +291,7 @@ class ChildError(Exception):
 
 
 def run(name: str, arguments: list, out: Path, as_t4: bool = True) -> None:
-    """Runs Python with `arguments` and waits; what it prints goes to a log in `out`. Raises ChildError where it fails."""
+    """Runs Python with `arguments`; what it prints goes to a log in `out`. Raises ChildError where it fails."""
     if as_t4:
         arguments = ["-m", "benchmarks.fake_t4", *arguments]
     # nothing set by hand, and kernels that are for this card
@@ -331,6 +331,7 @@ def run_answers(args) -> str:
 
 def run_train(args) -> str:
     folder = args.out / "train"
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run in the same --out, which would have to be resumed
     settings = ["--model", args.model, "--dataset", args.dataset, "--max_steps", args.steps, "--output_dir", folder]
     run("train", ["train_grpo.py", *settings, *VRAM], args.out)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -339,8 +340,9 @@ def run_train(args) -> str:
 
 def run_shape(args) -> str:
     # The form that benchmarks.training starts its own children with: those would not be told of a T4.
-    path = args.out / "shape.json"
-    settings = ["--model", args.shape, "--dataset", args.dataset, "--max_steps", 3, "--output_dir", args.out / "shape"]
+    path, folder = args.out / "shape.json", args.out / "shape"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = ["--model", args.shape, "--dataset", args.dataset, "--max_steps", 3, "--output_dir", folder]
     settings += ["--eval_samples", 8, "--save_steps", 1000000, "--sample_steps", 1000000]
     command = ["-m", "benchmarks.training", "ours", "--all_answers", *settings, *VRAM]
     run("shape", [*command, "--json", path, "--child", time.time()], args.out)
