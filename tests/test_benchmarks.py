@@ -157,7 +157,10 @@ def test_answers_are_compared_up_to_the_first_token_that_differs():
         return {"text": text, "tokens": tokens, "logprobs": logprobs}
 
     answers = [answer("3 + 4", [3, 10, 4], [-0.5, -1.0, -2.0]), answer("3 + 4 = 7", [3, 10, 4, 7], [-1.0] * 4)]
-    others = [answer("3 + 4", [3, 10, 4], [-0.5, -1.25, -2.0]), answer("3 + 5", [3, 10, 5], [-1.5, -1.0, -9.0])]
+    others = [
+        answer("3 + 4", [3, 10, 4], [-0.5, -1.25, -2.0]),
+        answer("3 + 5 = 7", [3, 10, 5, 7], [-1.5, -1.0, -9.0, -9.0]),
+    ]
     alike = compare(answers, others)
     assert alike == {"equal": 1, "tokens": 5, "mean": pytest.approx(0.75 / 5), "largest": 0.5}
     assert compare(answers, answers) == {"equal": 2, "tokens": 7, "mean": 0, "largest": 0}
