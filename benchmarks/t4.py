@@ -10,7 +10,7 @@ answers  48 held-out questions, greedy, 48 tokens, float16: on the card as it is
 train    train_grpo.py, the default recipe on --model, for --steps steps
 shape    three steps of the default recipe on --shape, the 7B model's shape with random weights, on all answers
 
-Every part runs in processes of its own, and one that fails does not stop the others. Prints Markdown tables; --out keeps
+Each part runs in processes of its own; one that fails does not stop the others. Prints Markdown tables; --out keeps
 the children's JSON files and logs. Seconds are this card's, not a T4's.
 """
 
