@@ -113,8 +113,8 @@ class Report(TrainerCallback):
             f"{left:.0f} min left",
         )
         screen.advance(state.global_step)
-        if len(self.seconds) == 3:
-            self.say_hours(state.max_steps - state.global_step)
+        if len(self.seconds) == 3 and (left_steps := state.max_steps - state.global_step):
+            self.say_hours(left_steps)
         if state.global_step % self.recipe.sample_steps == 0:
             say("    " + sample_text(samples[0]).replace("\n", "\n    "))
             draw_reward_curve(self.out)

@@ -142,7 +142,8 @@ def test_the_recipe_that_is_written_is_the_one_that_was_used(short_run):
 def test_eval_json(short_run):
     out, _ = short_run
     evaluations = json.loads((out / "eval.json").read_text())
-    assert set(evaluations) == {"before", "after", "gpu", "seconds", "versions"}
+    assert set(evaluations) == {"before", "after", "generation", "gpu", "seconds", "versions"}
+    assert evaluations["generation"] == {"engine": "transformers"}
     assert set(evaluations["before"]) == set(evaluations["after"]) > EVALUATION
     assert evaluations["before"]["n"] == 10
     assert evaluations["versions"]["trl"] == "0.24.0"
