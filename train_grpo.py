@@ -277,6 +277,7 @@ def run(recipe: Recipe) -> None:
         processing_class=tokenizer,
     )
     report = Report(recipe, start, len(train), rollout)
+    report.evaluations["generation"] = generation(recipe, model)
     saving = Saving(recipe, trainer, report)
     trainer.remove_callback(ProgressCallback)
     for callback in (report, DivergenceCheck(recipe, report.metrics), saving):
@@ -307,7 +308,6 @@ def run(recipe: Recipe) -> None:
         say(evaluation_table({"before": before, "after": after}))
         report.write_evaluations(
             after=after,
-            generation=generation(recipe, trainer.model),
             gpu=torch.cuda.get_device_name() if GPU else None,
             seconds={"training": round(training_seconds, 1), "total": round(time.perf_counter() - clock, 1)},
             versions=installed_versions(),

@@ -72,7 +72,7 @@ def test_as_stored():
 
 def test_run_all_then_again(client, tmp_path):
     notebook = client().execute()
-    assert printed(notebook, "check").splitlines()[-2] == "check passed"
+    assert "check passed" in printed(notebook, "check").splitlines()
     assert json.loads((tmp_path / "run" / "check.json").read_text())["passed"]
     training = printed(notebook, "train")
     assert "\nstep   2  reward " in training and "\nstep   4  reward " in training
