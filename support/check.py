@@ -146,9 +146,9 @@ class Check:
     def log_probabilities(self, trainer, prompts: list) -> None:
         """Greedy tokens with a LoRA that changes much: what generated them and the trainer must give them the same chances.
 
-        Both round in the compute dtype, layer by layer: measured on an H100 in float16, 1.3 eps on average and 17 at most, eps
-        being the dtype's. The bounds are 20 and 400 of them, and the mean must be far below what the LoRA itself changes, or a
-        LoRA that does not arrive would pass.
+        Both round in the compute dtype, layer by layer. With a real 1.5B model on an H100 that came to 1.3 of the dtype's eps on
+        average and 17 at most, in float16 and in bfloat16. The bounds are 20 and 400 eps; and on average at most half of what
+        the LoRA itself changes, or one that does not arrive would pass.
         """
         self.begin("agreement", f"{len(prompts)} × {TOKENS} tokens")
         model, dtype = trainer.model, compute_dtype(self.recipe)
@@ -156,7 +156,7 @@ class Check:
         torch.manual_seed(0)
         with torch.no_grad():
             for weights in matrices:
-                weights.normal_(std=0.05)
+                weights.normal_(std=0.03)
         pairs = answers(model, trainer.processing_class, prompts, TOKENS)
         ours, temperature = [], trainer.temperature
         trainer.temperature = 1.0  # as greedy tokens are logged
@@ -173,7 +173,7 @@ class Check:
         logged = torch.tensor([x for _, logged in pairs for x in logged])
         off, effect = (logged - ours).abs(), (torch.cat(base) - ours).abs().mean().item()
         eps = max(torch.finfo(dtype).eps, 1e-4)  # in float32 the order of adding counts, too
-        bound, largest = min(20 * eps, effect / 4), 400 * eps
+        bound, largest = min(20 * eps, effect / 2), 400 * eps
         figures = {"tokens": len(off), "mean": off.mean().item(), "largest": off.max().item()}
         figures |= {"bound_mean": bound, "bound_largest": largest, "without_lora": effect}
         self.found[self.part] = figures

@@ -1,12 +1,14 @@
 """Which installed packages are not those of constraints.txt. The standard library and packaging alone: it must always run."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+ROOT = Path(__file__).resolve().parents[1]
+CONSTRAINTS = ROOT / "constraints.txt"
 INSTALL = "pip install -r requirements.txt"
 
 
@@ -32,7 +34,10 @@ def differing(constraints: Path = CONSTRAINTS) -> dict[str, tuple[str, str]]:
 
 
 def differences() -> str:
-    """The same in words; an empty string where there are none."""
-    several = [f"{name} is {has}, {wants} is pinned" for name, (has, wants) in differing().items()]
+    """The same in words, those that the recipe itself asks for first; an empty string where there are none."""
+    asked = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "requirements-cpu.txt"))
+    order = {name: place for place, name in enumerate(re.findall(r"^[\w.-]+(?===|\s)", asked, re.MULTILINE))}
+    found = sorted(differing().items(), key=lambda item: order.get(item[0].replace("-", "_"), order.get(item[0], 999)))
+    several = [f"{name} is {has}, {wants} is pinned" for name, (has, wants) in found]
     more = f" and {len(several) - 8} more" if len(several) > 8 else ""
     return "; ".join(several[:8]) + more

@@ -178,6 +178,10 @@ def test_packages_that_differ_are_named(tmp_path):
 def test_words_for_packages_that_differ(monkeypatch):
     monkeypatch.setattr(pins, "differing", lambda: {"torchao": ("0.10.0", "0.17.0"), "peft": ("1", "2")})
     assert pins.differences() == "torchao is 0.10.0, 0.17.0 is pinned; peft is 1, 2 is pinned"
+    monkeypatch.setattr(
+        pins, "differing", lambda: dict.fromkeys(["aiohttp", "rich", "huggingface-hub", "vllm"], ("1", "2"))
+    )
+    assert re.findall(r"(\S+) is 1", pins.differences()) == ["vllm", "huggingface-hub", "rich", "aiohttp"]
     monkeypatch.setattr(pins, "differing", lambda: {f"p{i}": ("1", "2") for i in range(20)})
     assert pins.differences().endswith("p7 is 1, 2 is pinned and 12 more")
 
