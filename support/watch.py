@@ -70,11 +70,40 @@ def skipped(metrics: list[dict], recipe: Recipe) -> str | None:
     )
 
 
+def lora_without_effect(model, text: str) -> str | None:
+    """vLLM gives the tokens of `text` the same log-probabilities with the LoRA as it is now and without it."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+
+    def chances(lora) -> list[float]:
+        output = model.vllm_engine.generate([text], sampling, lora_request=lora, use_tqdm=False)[0]
+        ids, logged = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
+        return [found[token].logprob for token, found in zip(ids, logged, strict=True)]
+
+    if chances(None) != chances(model.load_lora("watch", load_tensors=True)):
+        return None
+    return (
+        "the LoRA has been trained and changes nothing in vLLM, which goes on answering as the base model: stop here, give "
+        "--use_vllm false, and report it with check.json (--check)"
+    )
+
+
 class Watch(TrainerCallback):
     """Says each of these once, after the step that shows it."""
 
     def __init__(self, recipe: Recipe, report: Report):
         self.recipe, self.report, self.said = recipe, report, set()
+        self.looked = False  # whether the LoRA arrives in vLLM
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        trained = (weights for name, weights in model.named_parameters() if ".lora_B." in name)
+        if not self.looked and hasattr(model, "vllm_engine") and any(weights.any() for weights in trained):
+            self.looked, rollout = True, self.report.rollout
+            prompt = processing_class.apply_chat_template(
+                rollout["prompts"][0], add_generation_prompt=True, tokenize=False
+            )
+            self.warn("LoRA", lora_without_effect(model, prompt + rollout["completions"][0][-1]["content"]))
 
     def warn(self, name: str, sentence: str | None) -> None:
         if sentence and name not in self.said:

@@ -1,11 +1,14 @@
 """Warnings: each fires where it should, once, and not before."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 from test_best import figures
 from test_runs import in_process
 
 from support.settings import Recipe
-from support.watch import Watch, cut_off, no_variance, reward_hacking, skipped
+from support.watch import Watch, cut_off, lora_without_effect, no_variance, reward_hacking, skipped
 
 
 def steps(rewards, same=0.2, norm=1.0):
@@ -80,3 +83,22 @@ def test_hacking_is_looked_for_after_each_evaluation(monkeypatch, warned, capsys
 
     Watch(Recipe(), report).on_save(None, None, None)
     assert ("warning     the reward rises" in capsys.readouterr().out) == warned
+
+
+class Engine:
+    """Stands in for vLLM: it answers with one log-probability for each token, and adds the LoRA's to it."""
+
+    def __init__(self, effect):
+        self.effect = effect
+
+    def generate(self, texts, sampling, lora_request, use_tqdm):
+        effect = self.effect if lora_request else 0.0
+        logged = [None, *({i: SimpleNamespace(logprob=-i + effect)} for i in range(2, 5))]
+        return [SimpleNamespace(prompt_token_ids=[1, 2, 3, 4], prompt_logprobs=logged)]
+
+
+@pytest.mark.parametrize("effect", [0.0, 1e-6])
+def test_a_lora_that_does_not_arrive_in_vllm(monkeypatch, effect):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **kwargs: kwargs))
+    model = SimpleNamespace(vllm_engine=Engine(effect), load_lora=lambda name, load_tensors: "lora")
+    assert (lora_without_effect(model, "text") is None) == bool(effect)
