@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from support.evaluation import measure
+from support.evaluation import best_evaluation, measure
 from support.resuming import checkpoints, step_of
 from support.settings import Recipe
 from support.step_report import Report
@@ -24,13 +24,6 @@ def hold_out(train: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
         return train, train.select([])
     parts = train.train_test_split(test_size=dev, seed=0)
     return parts["train"], parts["test"]
-
-
-def best_evaluation(evaluations: list[dict]) -> dict | None:
-    """The line of evaluations.jsonl with the highest strict accuracy, the later of equals; step 0 is no policy of ours."""
-    return max(
-        (line for line in evaluations if line["step"]), key=lambda line: (line["strict"], line["step"]), default=None
-    )
 
 
 class Development(TrainerCallback):

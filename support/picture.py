@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rewards import MAX_REWARDS, REWARD_FUNCS
+from support.evaluation import best_evaluation
 from support.resuming import read_json_lines
 
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
@@ -121,9 +122,8 @@ def reward_curve(metrics: list[dict], evaluations: list[dict], test: dict, maxim
             error = [[max(0, r["strict"] - r["strict_low"]), max(0, r["strict_high"] - r["strict"])] for r in results]
             label = both(f"{results[0]['n']} test questions", "测试题") + ": " + " → ".join(f"{s:.1%}" for s in strict)
             axes.errorbar(at, strict, [*zip(*error, strict=True)], fmt="D", color=COLORS[2], capsize=3, label=label)
-        if len(evaluations) > 1:
-            best = max(evaluations, key=lambda line: (line["strict"], line["step"]))
-            label = both(f"best: {best['strict']:.1%} at step {best['step']}, in adapter/", "最好")
+        if best := best_evaluation(evaluations):
+            label = both(f"best: {best['strict']:.1%} at step {best['step']}", "最好")
             axes.plot(best["step"], best["strict"], "o", color=COLORS[0], mfc="none", mew=1.5, ms=13, label=label)
         legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, frameon=False)
         legend.set_in_layout(False)  # a wide one must not make the panels narrow

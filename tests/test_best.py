@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from test_runs import in_process, jsonl
 
 from support import best
-from support.best import best_evaluation, hold_out
+from support.best import hold_out
 from support.errors import UserError
+from support.evaluation import best_evaluation
 from support.resuming import checkpoints
 from support.settings import Recipe
 from support.step_report import Report
