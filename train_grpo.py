@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from support import turing
-from support.memory import is_out_of_memory, limit_memory, memory_advice
+from support.memory import is_out_of_memory, limit_memory, memory_advice, parameter_counts
 from support.preflight import (
     GPU,
     MODEL_ERRORS,
@@ -118,6 +118,8 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         if not recipe.use_vllm or is_out_of_memory(error):
             raise
         raise start_again(recipe, error) from error
+    if hasattr(model, "vllm_engine"):  # which encodes the prompts, and ends the answers, with a tokenizer of its own
+        prepare_tokenizer(model.vllm_engine.get_tokenizer(), recipe.model)
     return model, prepare_tokenizer(tokenizer, recipe.model)
 
 
@@ -145,7 +147,11 @@ def load_policy(recipe: Recipe):
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
     if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
         model.generation_config = GenerationConfig()
-    return attach_lora(model, recipe), tokenizer
+    policy = attach_lora(model, recipe)
+    made = sum(weights.numel() for name, weights in policy.named_parameters() if ".lora_" in name)
+    if made != parameter_counts(model.config, recipe.lora_rank)[0]:  # as of Phi-3, which has three layers in one
+        raise UserError(f"{recipe.model} has other linear layers than {', '.join(LORA_TARGETS)}: give another --model.")
+    return policy, tokenizer
 
 
 # --- training ----------------------------------------------------------------------------------------
