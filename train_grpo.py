@@ -41,6 +41,7 @@ from support.preflight import (
     GPU,
     MODEL_ERRORS,
     check_machine,
+    commit_of,
     compute_dtype,
     model_error,
     nvidia_driver,
@@ -69,7 +70,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import GRPOConfig
 
-from data import load_questions, train_and_test_splits
+from data import columns_named, load_questions, revision_of, train_and_test_splits
 from rewards import REWARD_FUNCS
 from support.check import Check
 from support.divergence import DivergenceCheck
@@ -248,9 +249,10 @@ def read_model(recipe: Recipe):
 def read_questions(recipe: Recipe, tokenizer):
     """The questions to train on, and the first `eval_samples` of those that are held out."""
     doing("reading", recipe.dataset)
-    train_split, test_split = train_and_test_splits(recipe.dataset)
-    train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
-    test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    columns = columns_named(recipe.question_column, recipe.answer_column)
+    splits = train_and_test_splits(recipe.dataset, columns)
+    length, system_prompt = recipe.max_prompt_length, recipe.system_prompt
+    train, test = (load_questions(recipe.dataset, s, tokenizer, length, system_prompt, columns) for s in splits)
     test = test.select(range(min(recipe.eval_samples, len(test))))
     say(f"questions   {len(train)} to train on, {len(test)} held out")
     return train, test
@@ -284,6 +286,7 @@ def run(recipe: Recipe) -> None:
     )
     report = Report(recipe, start, len(train), rollout)
     report.evaluations["generation"] = generation(recipe, model)
+    report.evaluations["revisions"] = {"model": commit_of(model_config), "dataset": revision_of(recipe.dataset)}
     saving = Saving(recipe, trainer, report)
     trainer.remove_callback(ProgressCallback)
     for callback in (report, DivergenceCheck(recipe, report.metrics), saving):

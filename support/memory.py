@@ -22,7 +22,7 @@ NOT_FREE = "desired GPU memory utilization"
 
 
 def linear_shapes(config) -> dict[str, tuple[int, int]]:
-    """What goes into each linear layer and what comes out, from a config of Llama's shape: Qwen2, Qwen3, Mistral, Gemma.
+    """What goes into each linear layer and what comes out, from a config of Llama's, Qwen's, Mistral's or Gemma's shape.
 
     Qwen3 and Gemma say how wide a head is; of the others it is the hidden size over their number.
     """

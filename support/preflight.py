@@ -160,6 +160,11 @@ def model_error(model: str, error: Exception) -> UserError:
     return UserError(f"cannot load the model {model}: {reason}")
 
 
+def commit_of(config) -> str | None:
+    """The commit on the hub that a model's config is of; None of a folder."""
+    return getattr(config, "_commit_hash", None)
+
+
 def prepare_tokenizer(tokenizer, model: str):
     """`tokenizer` as training, asking and measuring need it: it can write a conversation, end it and pad it.
 
@@ -190,7 +195,8 @@ def check_kind(model: str, config) -> None:
     else:
         return
     raise UserError(
-        f"{model} is a {config.model_type}, {fault}: give a dense --model, of the Qwen2, Qwen3, Llama, Mistral or Gemma kind."
+        f"{model} is a {config.model_type}, {fault}: give a dense --model, "
+        "of the Qwen2, Qwen3, Llama, Mistral or Gemma kind."
     )
 
 

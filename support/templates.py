@@ -1,6 +1,6 @@
-"""Chat templates of other models: each is made to write the system prompt, no thinking and one end, all in the template itself.
+"""Chat templates: each is made to write the system prompt and to ask for no thoughts, in the template itself.
 
-So TRL, vLLM, evaluation, infer.py and whoever loads the saved tokenizer get one and the same prompt from the same messages.
+So TRL, vLLM, evaluation, infer.py and whoever loads the saved tokenizer get one prompt from the same messages.
 """
 
 from tokenizers import processors

@@ -44,17 +44,21 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 
 QWEN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 QWEN += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-QWEN3 = QWEN + "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+QWEN3 = (
+    QWEN + "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
 LLAMA = "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|end|>\n\n' + m.content + '<|eot|>' }}"
 LLAMA += "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}"
-TURNS = "{% set role = 'model' if m.role == 'assistant' else m.role %}{{ '<start>' + role + '\n' + m.content | trim + '<end>\n' }}"
-GEMMA = "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+TURNS = "{{ '<start>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end>\n' }}"
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+)
 GEMMA += "{% for m in messages %}" + TURNS + "{% endfor %}{% if add_generation_prompt %}{{ '<start>model\n' }}"
 # an old Mistral's, but one that drops the system message without a word
 MISTRAL = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
 MISTRAL += "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}{% if false %}"
 
-# config, chat template, tokens of its own (the first is the BOS, the last ends a turn), eos_token, what a prompt looks like
+# config, chat template, tokens of its own (the first is the BOS, the last ends a turn), eos_token, a prompt
 Q = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 FOLDED = "<bos><start>user\n{system}\n\n{question}<end>\n<start>model\n"
 KINDS = {
@@ -144,6 +148,7 @@ def test_it_trains_and_every_prompt_is_the_same(checkpoint, kind, monkeypatch, t
 
     tokenizer = prepared(folder)
     eval_json = json.loads((out / "eval.json").read_text())
+    assert eval_json["revisions"] == {"model": None, "dataset": None}  # both are here
     arguments = ["--adapter", out / "adapter", "--eval", "test", "--limit", 10, "--json", out / "e.json"]
     monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments)])
     infer.main()
