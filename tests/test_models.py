@@ -119,12 +119,12 @@ def prepared(folder):
 # --- what is trained, measured and asked ---
 
 
-def by_length(rewards):
+def telling(rewards):
     """The rewards, of which one tells the answers of a random model apart, or nothing would be learned from them."""
 
     @functools.wraps(rewards[-1])
     def reward(completions, **_):
-        return [float(hash(completion[0]["content"]) % 7) for completion in completions]
+        return [float(sum(map(ord, completion[0]["content"])) % 7) for completion in completions]
 
     return [*rewards[:-1], reward]
 
@@ -140,7 +140,7 @@ def test_it_trains_and_every_prompt_is_the_same(checkpoint, kind, monkeypatch, t
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(GenerationMixin, "generate", spy)
-    monkeypatch.setattr(train_grpo, "REWARD_FUNCS", by_length(train_grpo.REWARD_FUNCS))
+    monkeypatch.setattr(train_grpo, "REWARD_FUNCS", telling(train_grpo.REWARD_FUNCS))
     folder, out = checkpoint(kind), tmp_path / "out"
     in_process(monkeypatch, "--model", folder, "--max_steps", 1, "--output_dir", out, "--max_completion_length", 8)
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
