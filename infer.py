@@ -202,7 +202,9 @@ def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
         split = args.eval
     else:
         split = {"train": train_split, "test": test_split}.get(args.eval, args.eval)
-    questions = load_questions(dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt, columns)
+    questions = load_questions(
+        dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt, columns=columns
+    )
     questions = questions.select(range(min(args.limit or len(questions), len(questions))))
     labels = questions["answer"][:]
     doing("answering", f"{len(labels)} questions")
