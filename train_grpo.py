@@ -36,11 +36,12 @@ from pathlib import Path
 import torch
 
 from support import turing
-from support.memory import is_out_of_memory, limit_memory, memory_advice
+from support.memory import is_out_of_memory, limit_memory, memory_advice, parameter_counts
 from support.preflight import (
     GPU,
     MODEL_ERRORS,
     check_machine,
+    commit_of,
     compute_dtype,
     model_error,
     nvidia_driver,
@@ -69,7 +70,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import GRPOConfig
 
-from data import load_questions, train_and_test_splits
+from data import columns_named, load_questions, revision_of, train_and_test_splits
 from rewards import REWARD_FUNCS
 from support.best import Development, hold_out, keep_adapter
 from support.check import Check
@@ -120,6 +121,8 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         if not recipe.use_vllm or is_out_of_memory(error):
             raise
         raise start_again(recipe, error) from error
+    if hasattr(model, "vllm_engine"):  # which encodes the prompts, and ends the answers, with a tokenizer of its own
+        prepare_tokenizer(model.vllm_engine.get_tokenizer(), recipe.model)
     return model, prepare_tokenizer(tokenizer, recipe.model)
 
 
@@ -147,7 +150,11 @@ def load_policy(recipe: Recipe):
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
     if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
         model.generation_config = GenerationConfig()
-    return attach_lora(model, recipe), tokenizer
+    policy = attach_lora(model, recipe)
+    made = sum(weights.numel() for name, weights in policy.named_parameters() if ".lora_" in name)
+    if made != parameter_counts(model.config, recipe.lora_rank)[0]:  # as of Phi-3, which has three layers in one
+        raise UserError(f"{recipe.model} has other linear layers than {', '.join(LORA_TARGETS)}: give another --model.")
+    return policy, tokenizer
 
 
 # --- training ----------------------------------------------------------------------------------------
@@ -244,9 +251,10 @@ def read_model(recipe: Recipe):
 def read_questions(recipe: Recipe, tokenizer):
     """The questions to train on, those to develop on, and the first `eval_samples` of those that are held out."""
     doing("reading", recipe.dataset)
-    train_split, test_split = train_and_test_splits(recipe.dataset)
-    train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
-    test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    columns = columns_named(recipe.question_column, recipe.answer_column)
+    splits = train_and_test_splits(recipe.dataset, columns)
+    length, system_prompt = recipe.max_prompt_length, recipe.system_prompt
+    train, test = (load_questions(recipe.dataset, s, tokenizer, length, system_prompt, columns=columns) for s in splits)
     test = test.select(range(min(recipe.eval_samples, len(test))))
     train, dev = hold_out(train, recipe)
     say(f"questions   {len(train)} to train on, {len(dev)} to develop on, {len(test)} held out")
@@ -281,6 +289,7 @@ def run(recipe: Recipe) -> None:
     )
     report = Report(recipe, start, len(train), rollout)
     report.evaluations["generation"] = generation(recipe, model)
+    report.evaluations["revisions"] = {"model": commit_of(model_config), "dataset": revision_of(recipe.dataset)}
     saving = Saving(recipe, trainer, report)
     development = Development(recipe, trainer, tokenizer, dev, report, saving)
     trainer.remove_callback(ProgressCallback)

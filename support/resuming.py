@@ -25,7 +25,8 @@ yaml.SafeDumper.add_representer(
 )
 
 # A run with another value for one of these is another run, or cannot take over the optimiser's state.
-FIXED = ["model", "dataset", "system_prompt", "seed", "lora_rank", "lora_alpha", "load_in_4bit"]
+FIXED = ["model", "dataset", "question_column", "answer_column", "system_prompt", "seed"]
+FIXED += ["lora_rank", "lora_alpha", "load_in_4bit"]
 FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay", "dev_samples"]
 
 

@@ -27,6 +27,10 @@ class Recipe:
 
     model: str = setting("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "the policy to start from: a hub id or a folder")
     dataset: str = setting(HUB_ID, "the questions: a hub id, a folder, or a JSONL, CSV or Parquet file")
+    question_column: str = setting("", "the dataset's column of questions; not given: found by its name")
+    answer_column: str = setting(
+        "", "the dataset's column of answers, each with one number; not given: found by its name"
+    )
     system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
     output_dir: str = setting("outputs", "where everything that the run writes goes")
     resume: str = setting(
