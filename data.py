@@ -78,28 +78,52 @@ def read_label(value) -> Decimal | None:
     return number if number is not None and number.adjusted() < 300 else None
 
 
+def number_label(value) -> str:
+    """A label as it is kept: a number, in digits. Raises ValueError, with what is wrong, where it is none."""
+    number = read_label(value)
+    if number is None:
+        raise ValueError("which is not one number")
+    return f"{number:f}"
+
+
+def kept_labels(labels: list, check_label: Callable[[object], str]) -> tuple[list[str | None], str]:
+    """`labels` as `check_label` keeps them, None for those that it refuses, and why it refused the first."""
+    kept, reason = [], ""
+    for label in labels:
+        try:
+            kept.append(check_label(label))
+        except ValueError as error:
+            kept.append(None)
+            reason = reason or str(error)
+    return kept, reason
+
+
 # --- questions ---------------------------------------------------------------------------------------
 
 
 def load_questions(
-    dataset: str, split: str, tokenizer, max_prompt_length: int, system_prompt: str = SYSTEM_PROMPT
+    dataset: str,
+    split: str,
+    tokenizer,
+    max_prompt_length: int,
+    system_prompt: str = SYSTEM_PROMPT,
+    check_label: Callable[[object], str] = number_label,
 ) -> Dataset:
     """The questions of `split` as a Dataset with `prompt` (list of messages) and `answer` (str).
 
     `dataset` is a hub id, a folder or a file; `split` is a split's name or a slice of one (`train[:90%]`).
     Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: newer
     TRL does not cut prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
+    `check_label`: what makes a label of what is in the file, or raises ValueError.
     """
-    table, question_column, answer_column = load_rows(dataset, split)
+    table, question_column, answer_column = load_rows(dataset, split, check_label)
     say_columns(table, [question_column, answer_column], dataset)
     check_questions(table, question_column)
     questions, labels = table.columns[question_column], table.columns[answer_column]
-    answers = [read_label(label) for label in labels]
+    answers, reason = kept_labels(labels, check_label)
     bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None}
     if bad:
-        raise UserError(
-            f"{table.describe(bad, answer_column, 'which is not one number')}: correct or remove such rows."
-        )
+        raise UserError(f"{table.describe(bad, answer_column, reason)}: correct or remove such rows.")
     tokens = control_tokens(tokenizer)
     bad = {row: token for row, question in enumerate(questions) for token in tokens if token in question}
     if bad:
@@ -120,13 +144,14 @@ def load_questions(
         say(
             f"{split}: dropped {len(prompts) - len(fitting)} of {len(prompts)} questions, longer than {max_prompt_length} tokens"
         )
-    return Dataset.from_dict(
-        {"prompt": [prompts[row] for row in fitting], "answer": [f"{answers[row]:f}" for row in fitting]}
-    )
+    return Dataset.from_dict({"prompt": [prompts[row] for row in fitting], "answer": [answers[row] for row in fitting]})
 
 
-def read_questions(file: str) -> tuple[list[str], list]:
-    """The questions of a file and their answers as numbers, None where there is none; a label that is not one counts as none."""
+def read_questions(file: str, check_label: Callable[[object], str] = number_label) -> tuple[list[str], list]:
+    """The questions of a file and their answers, None where there is none; a label that `check_label` refuses counts as none.
+
+    Answers are numbers with number_label, and else text.
+    """
     if (kind := kind_of(file)) != "file":
         raise UserError(f"{file} is {kind}, and no file." if kind else f"there is no file {shown(file, 200)}.")
     table = read_table(Path(file), KNOWN_QUESTIONS)
@@ -137,16 +162,18 @@ def read_questions(file: str) -> tuple[list[str], list]:
     questions, answers = table.columns[question_column], [None] * len(table)
     used = [question_column]
     if any(plain(name) in table.columns for name in ANSWER_COLUMNS):
-        answer_column = find_column(table, ANSWER_COLUMNS, file, is_label)
+        answer_column = find_column(table, ANSWER_COLUMNS, file, can_be_label(check_label))
         used.append(answer_column)
         labels = table.columns[answer_column]
-        answers = [read_label(label) for label in labels]
+        answers, reason = kept_labels(labels, check_label)
         bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None and labels[row] is not None}
         if bad:  # asking needs no labels
-            say(f"labels      {table.describe(bad, answer_column, 'which is not one number')}: taken as unknown")
+            say(f"labels      {table.describe(bad, answer_column, reason)}: taken as unknown")
     say_columns(table, used, file)
-    whole = [None if n is None else int(n) if n == n.to_integral_value() else float(n) for n in answers]
-    return questions, whole
+    if check_label is number_label:
+        numbers = [None if answer is None else Decimal(answer) for answer in answers]
+        answers = [n if n is None else int(n) if n == n.to_integral_value() else float(n) for n in numbers]
+    return questions, answers
 
 
 def is_question(value) -> bool:
@@ -155,6 +182,10 @@ def is_question(value) -> bool:
 
 def is_label(value) -> bool:
     return read_label(value) is not None
+
+
+def can_be_label(check_label: Callable[[object], str]) -> Callable[[object], bool]:
+    return lambda value: kept_labels([value], check_label)[0] != [None]
 
 
 def check_questions(table: Table, column: str, word: str = "row") -> None:
@@ -214,7 +245,7 @@ def train_and_test_splits(dataset: str) -> tuple[str, str]:
     return f"{only}[:90%]", f"{only}[90%:]"
 
 
-def load_rows(dataset: str, split: str) -> tuple[Table, str, str]:
+def load_rows(dataset: str, split: str, check_label: Callable[[object], str] = number_label) -> tuple[Table, str, str]:
     """The rows of a split, or of a slice or a sum of splits as `datasets` writes them, and the columns of questions and labels.
 
     The columns are those that serve in whole splits, so they are the same in every slice. Raises UserError where there is nothing.
@@ -235,7 +266,7 @@ def load_rows(dataset: str, split: str) -> tuple[Table, str, str]:
         raise UserError(f"{dataset} has no questions in its split {split}{held_out}.")
     whole = join(list(tables.values()))
     question_column = find_column(whole, QUESTION_COLUMNS, dataset, is_question)
-    return table, question_column, find_column(whole, ANSWER_COLUMNS, dataset, is_label)
+    return table, question_column, find_column(whole, ANSWER_COLUMNS, dataset, can_be_label(check_label))
 
 
 def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:

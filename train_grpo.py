@@ -70,14 +70,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from trl import GRPOConfig
 
 from data import load_questions, train_and_test_splits
-from rewards import REWARD_FUNCS
-from support.check import Check
+from support.check import Check, trial
 from support.divergence import DivergenceCheck
 from support.engine import engine_arguments, generation, own_lora_folder, start_again
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.places import SCRIPTS, find_model
 from support.resuming import find_start, hold
+from support.rules import Rules, load_rules
 from support.schedule import schedule_arguments
 from support.screen import doing, say
 from support.settings import Recipe, parse_recipe
@@ -239,12 +239,16 @@ def read_model(recipe: Recipe):
     return model_config, prepare_tokenizer(tokenizer, recipe.model)
 
 
-def read_questions(recipe: Recipe, tokenizer):
-    """The questions to train on, and the first `eval_samples` of those that are held out."""
+def read_questions(recipe: Recipe, tokenizer, rules: Rules):
+    """The questions to train on, and the first `eval_samples` of those that are held out; `rules` say what a label is."""
     doing("reading", recipe.dataset)
     train_split, test_split = train_and_test_splits(recipe.dataset)
-    train = load_questions(recipe.dataset, train_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
-    test = load_questions(recipe.dataset, test_split, tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    train, test = (
+        load_questions(
+            recipe.dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt, rules.check_label
+        )
+        for split in (train_split, test_split)
+    )
     test = test.select(range(min(recipe.eval_samples, len(test))))
     say(f"questions   {len(train)} to train on, {len(test)} held out")
     return train, test
@@ -252,31 +256,33 @@ def read_questions(recipe: Recipe, tokenizer):
 
 def run(recipe: Recipe) -> None:
     clock, out = time.perf_counter(), Path(recipe.output_dir)
-    start = find_start(recipe)  # a checkpoint of an earlier run, or step 1
+    rules = load_rules(recipe.rewards)  # ours, or the user's
+    start = find_start(recipe, rules)  # a checkpoint of an earlier run, or step 1
     if start.complete:
         return say(evaluation_table(start.evaluations))
 
     # Preflight: all that can be known before anything slow.
     model_config, tokenizer = read_model(recipe)
     preflight(recipe, model_config)
+    rules.say()
     config = training_arguments(recipe)
     start.lock = start.lock or hold(out)  # one run at a time
     screen.log_to(out)
 
     # Data and model.
-    train, test = read_questions(recipe, tokenizer)
+    train, test = read_questions(recipe, tokenizer, rules)
     model, tokenizer = load_policy(recipe)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
     rollout = {}  # a step's answers and rewards: `recording` puts them here, and the report writes them to samples.jsonl
     trainer = Trainer(
         model=model,
-        reward_funcs=[recording(func, rollout) for func in REWARD_FUNCS],
+        reward_funcs=[recording(func, rollout, rules) for func in rules.funcs],
         args=config,
         train_dataset=training_questions(train, recipe, start.step, start.used),
         processing_class=tokenizer,
     )
-    report = Report(recipe, start, len(train), rollout)
+    report = Report(recipe, start, len(train), rollout, rules)
     report.evaluations["generation"] = generation(recipe, model)
     saving = Saving(recipe, trainer, report)
     trainer.remove_callback(ProgressCallback)
@@ -288,7 +294,7 @@ def run(recipe: Recipe) -> None:
         before = start.evaluation_before(len(test))
         if not before:
             doing("answering", f"{len(test)} held-out questions")
-            before = measure(trainer.model, tokenizer, test, recipe.max_completion_length)
+            before = measure(trainer.model, tokenizer, test, recipe.max_completion_length, rules=rules)
         say(evaluation_table({"before": before}))
         report.evaluations["before"] = before
 
@@ -303,7 +309,7 @@ def run(recipe: Recipe) -> None:
 
         # The evaluation after the last step, through the adapter as it was saved.
         doing("answering", f"{len(test)} held-out questions")
-        after = measure(trainer.model, tokenizer, test, recipe.max_completion_length, adapter=out / "adapter")
+        after = measure(trainer.model, tokenizer, test, recipe.max_completion_length, out / "adapter", rules)
         say(f"{len(test)} held-out questions, greedy, same prompt and parser before and after:")
         say(evaluation_table({"before": before, "after": after}))
         report.write_evaluations(
@@ -319,11 +325,13 @@ def run(recipe: Recipe) -> None:
 def check(recipe: Recipe) -> None:
     """--check: tries all that a run of `recipe` needs, one step included, and says what holds; output_dir gets check.json."""
     recipe = replace(recipe, report_to="none", resume="")
+    rules = load_rules(recipe.rewards)
     with Check(recipe) as checking:
         checking.packages()
         checking.begin("preflight", recipe.model)
         model_config, tokenizer = read_model(recipe)
         preflight(recipe, model_config)
+        rules.say()
         config = training_arguments(replace(recipe, max_steps=1))
         config.save_strategy = "no"
         lock = hold(Path(recipe.output_dir))  # noqa: F841  as long as it is open, no run begins beside this
@@ -335,15 +343,14 @@ def check(recipe: Recipe) -> None:
             checking.four_bit_product(model_config)
 
         checking.begin("questions", recipe.dataset)
-        train, _ = read_questions(recipe, tokenizer)
+        train, _ = read_questions(recipe, tokenizer, rules)
         checking.begin("loading", recipe.model)
         start = time.perf_counter()
         model, tokenizer = load_policy(recipe)
         checking.engine(model, time.perf_counter() - start)
         trainer = Trainer(
             model=model,
-            # the second of two answers beats the first, so that every group has a variance and all are trained on
-            reward_funcs=[lambda completions, **_: [float(i % 2) for i in range(len(completions))]],
+            reward_funcs=[trial(rules)],
             args=config,
             train_dataset=training_questions(train, replace(recipe, max_steps=1)),
             processing_class=tokenizer,

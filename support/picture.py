@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from rewards import MAX_REWARDS, REWARD_FUNCS
-
 COLORS = ["#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"]  # Okabe and Ito's, for the colour-blind
 CHINESE_FONTS = [
     "Noto Sans CJK SC",
@@ -16,8 +14,10 @@ CHINESE_FONTS = [
 ]
 
 
-def draw_reward_curve(out: Path) -> None:
-    """reward_curve.png from metrics.jsonl: the reward, its five parts, and the length of the completions.
+def draw_reward_curve(out: Path, maxima: dict[str, float] | None = None) -> None:
+    """reward_curve.png from metrics.jsonl: the reward, its parts, and the length of the completions.
+
+    `maxima`: the best value of each reward function, by name; None: not known.
 
     Each step pale, its running mean on top. Titles are in Chinese too where matplotlib finds a font for it.
     """
@@ -39,20 +39,18 @@ def draw_reward_curve(out: Path) -> None:
     with rc_context({"font.family": ["DejaVu Sans", *chinese]}):
         figure = Figure(figsize=(8, 9), layout="constrained")
         total, parts, length = figure.subplots(3, sharex=True, height_ratios=[3, 3, 2])
-        line(total, "reward", COLORS[0], "sum of the five, at best 4.0")
-        for func, best, color in zip(REWARD_FUNCS, MAX_REWARDS, COLORS[1:], strict=True):
-            line(
-                parts,
-                f"rewards/{func.__name__}",
-                color,
-                f"{func.__name__.removesuffix('_reward_func')}, at best {best}",
-            )
+        best = {name: f", at best {value}" for name, value in (maxima or {}).items()}
+        line(total, "reward", COLORS[0], f"sum, at best {sum(maxima.values())}" if maxima else "sum")
+        names = [key for key in metrics if key.startswith("rewards/") and key.count("/") == 1]
+        for i, key in enumerate(names):
+            name = key.removeprefix("rewards/")
+            line(parts, key, COLORS[1 + i % 5], name.removesuffix("_reward_func") + best.get(name, ""))
         share = length.twinx()
         share.yaxis.set_major_formatter(PercentFormatter(1))
         lines = line(length, "completions/mean_length", COLORS[0], "mean length")
         lines += line(share, "completions/clipped_ratio", COLORS[5], "cut off at the limit", "--")
         total.set(title="Mean reward of a step" + ("  每步平均奖励" if chinese else ""), ylabel="reward")
-        parts.set(title="Its five parts" + ("  五个分量" if chinese else ""), ylabel="reward")
+        parts.set(title="Its parts" + ("  各个分量" if chinese else ""), ylabel="reward")
         length.set(
             title="Completions" + ("  回答长度" if chinese else ""), ylabel="tokens", ylim=(0, None), xlabel="step"
         )
