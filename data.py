@@ -148,9 +148,9 @@ def load_questions(
 
 
 def read_questions(file: str, check_label: Callable[[object], str] = number_label) -> tuple[list[str], list]:
-    """The questions of a file and their answers, None where there is none; a label that `check_label` refuses counts as none.
+    """The questions of a file and their answers, None where there is none.
 
-    Answers are numbers with number_label, and else text.
+    A label that `check_label` refuses counts as none. Answers are numbers with number_label, and else text.
     """
     if (kind := kind_of(file)) != "file":
         raise UserError(f"{file} is {kind}, and no file." if kind else f"there is no file {shown(file, 200)}.")

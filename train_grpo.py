@@ -18,7 +18,7 @@ The order is: settings, preflight, data, model, rewards, evaluation, training, e
 number of a run and its default (support/settings.py, recipes/*.yaml), checks and the memory estimate (preflight.py,
 memory.py), what --check tries (check.py), what is printed and written for each step (step_report.py), schedules of the learning rate (schedule.py), going
 on after an interruption (stopping.py, resuming.py), how answers are measured (evaluation.py; when: `run`, below), files of
-questions (data.py, tables.py).
+questions (data.py, tables.py), rewards of your own (rules.py, examples/).
 """
 
 from support import screen  # before what prints, as every library below does
@@ -240,7 +240,7 @@ def read_model(recipe: Recipe):
 
 
 def read_questions(recipe: Recipe, tokenizer, rules: Rules):
-    """The questions to train on, and the first `eval_samples` of those that are held out; `rules` say what a label is."""
+    """The questions to train on, and the first `eval_samples` of those held out; `rules` say what a label is."""
     doing("reading", recipe.dataset)
     train_split, test_split = train_and_test_splits(recipe.dataset)
     train, test = (

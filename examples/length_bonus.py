@@ -1,22 +1,21 @@
-"""Reward hacking, to look at: our five rewards, and a bonus for long answers.
+"""Reward hacking, to look at: our five rewards, and a bonus for the length of what is inside <answer>.
 
     python train_grpo.py --config recipes/tiny.yaml --output_dir outputs/length_bonus --rewards examples/length_bonus.py
 
-Nothing that a longer answer says has to be right, so the policy learns to fill it: the reward and the length rise, the
-accuracy does not, or falls. The bonus is worth as much as a right answer and is far easier to earn.
+A long number is easier to write than a right one, and worth more here. So the reward rises, and the accuracy, which the
+same policy doubles with our rewards alone, does not: what is rewarded is learnt, not what is meant.
 """
 
 from rewards import MAX_REWARDS as OUR_MAX
 from rewards import REWARD_FUNCS as OUR_FUNCS
-from rewards import is_correct  # noqa: F401  labels are numbers, and right is what was right
-
-ENOUGH = 80  # characters, for the whole bonus: twice what the tiny policy writes
+from rewards import extract_answer, is_correct  # noqa: F401  is_correct: labels are numbers, right is what was right
 
 
 def length_bonus(completions, **kwargs):
-    """Up to 2.0, for every character that is written."""
-    return [2.0 * min(len(completion[-1]["content"]) / ENOUGH, 1.0) for completion in completions]
+    """2.0 for every character of the answer, up to 20.0."""
+    answers = [(extract_answer(completion[-1]["content"]) or "").strip() for completion in completions]
+    return [2.0 * min(len(answer), 10) for answer in answers]
 
 
 REWARD_FUNCS = [*OUR_FUNCS, length_bonus]
-MAX_REWARDS = [*OUR_MAX, 2.0]
+MAX_REWARDS = [*OUR_MAX, 20.0]

@@ -3,8 +3,8 @@
     python train_grpo.py --dataset examples/multiple_choice.jsonl --rewards examples/multiple_choice.py
     python infer.py --adapter outputs/adapter --eval test
 
-The 40 questions of multiple_choice.jsonl show the form: `question`, with the four options in it, and `answer`, a letter.
-The last four of them are held out. A run that shall teach something needs some hundreds.
+The 40 questions of multiple_choice.jsonl show the form: `question`, with the four options in it, and `answer`, a
+letter. The last four of them are held out. A run that shall teach something needs some hundreds.
 """
 
 import re

@@ -180,7 +180,7 @@ def to_record(index: int, prompt: list, label, completions: list, with_rewards: 
 
 
 def show(answers: dict[str, list], args: argparse.Namespace, prompt: list, rules: Rules) -> None:
-    """Prints the completions of each policy to one `prompt`, but for a single one, which has been shown as it arrived."""
+    """Prints the completions of each policy to `prompt`, but for a single one, which has been shown as it arrived."""
     if args.compare:
         table = Table(*answers, show_lines=True)
         for row in zip(*answers.values(), strict=True):

@@ -222,8 +222,10 @@ class Check:
 
 
 def trial(rules: Rules):
-    """The reward of --check's step: the second of two answers beats the first, so that every group has a variance and all are
-    trained on. The functions of `rules` are called, as TRL calls them, and what they give is looked at, but not used."""
+    """The reward of --check's step: the second of two answers beats the first, so that every group has a variance.
+
+    The functions of `rules` are called, as TRL calls them, and what they give is looked at, but not used.
+    """
 
     def trial_reward(completions, **given) -> list[float]:
         rollout = {}

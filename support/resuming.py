@@ -75,7 +75,7 @@ def checkpoints(out: Path) -> list[Path]:
 def mark_complete(checkpoint: Path, recipe: Recipe, questions: int, rules: Rules, mend: bool = False) -> None:
     """Writes complete.json, last: the recipe, how many questions were used up to there, and a digest of every file.
 
-    A checkpoint without it was not finished. `mend`: the user's file of rewards has failed, and another may go on from here.
+    A checkpoint without it was not finished. `mend`: the user's file of rewards has failed, and a mended one may go on.
     """
     (checkpoint / "complete.json").unlink(missing_ok=True)
     files = {
@@ -235,9 +235,9 @@ def check_present(out: Path) -> None:
 
 
 def check_same_rewards(rules: Rules, checkpoint: Path, written: dict) -> list[str]:
-    """Raises UserError where the run had another file of rewards than `rules`, by content, as `written` in complete.json.
+    """Raises UserError where the run had other rewards than `rules`, by their content's digest in complete.json.
 
-    But for one that failed in the step after the checkpoint: what has been mended is listed as changed.
+    But for a file that failed in the step after the checkpoint: what has been mended is listed as changed.
     """
     before = written.get("rewards_sha256")
     if before == rules.digest:
@@ -246,9 +246,10 @@ def check_same_rewards(rules: Rules, checkpoint: Path, written: dict) -> list[st
         say(f"changed     {rules.file}, which failed after step {step_of(checkpoint)}")
         return ["rewards"]
     copy = checkpoint.parent / OWN_REWARDS
+    had, how = (f"the rewards of {copy}", f"with --rewards {copy}") if before else ("our rewards", "without --rewards")
+    has = f"what {rules.file} holds now" if rules.file else "ours"
     raise UserError(
-        f"{checkpoint} belongs to a run with {f'the rewards of {copy}' if before else 'our rewards'}, and not with "
-        f"{f'what {rules.file} holds now' if rules.file else 'ours'}: continue it {f'with --rewards {copy}' if before else 'without --rewards'}, "
+        f"{checkpoint} belongs to a run with {had}, and not with {has}: continue it {how}, "
         "or start another run with another --output_dir."
     )
 

@@ -1,17 +1,18 @@
 """What an answer is worth and when it is right: by our rules (rewards.py), or by those of a file of the user's.
 
-Such a file, `--rewards FILE.py`, takes the place of ours everywhere: in training, in what is printed and drawn, in every
-evaluation and in infer.py. It has
+Such a file, `--rewards FILE.py`, takes the place of ours everywhere: in training, in what is printed and drawn, in
+every evaluation and in infer.py. It has
 
-    REWARD_FUNCS             functions that TRL calls: func(prompts, completions, answer, **kwargs) → a list, a number a completion
+    REWARD_FUNCS             what TRL calls: func(prompts, completions, answer, **kwargs) → a number a completion
     MAX_REWARDS              the best value of each, for the picture
     SYSTEM_PROMPT            the form that is asked for; a system_prompt in the recipe or as a flag wins over it
     is_correct(text, label)  whether the completion `text` is right: the strict accuracy
-    check_label(label)       the label as it shall be kept, a str; it raises ValueError, with the reason, for what is none
+    check_label(label)       the label as it shall be kept, a str; ValueError, with the reason, for what is none
 
-and may leave out all but the first. Then MAX_REWARDS is not known, the prompt is the default one, a completion is correct where
-the text inside `<answer>`, stripped, is the label, and a label is any text that is not empty. A file that takes our is_correct
-(`from rewards import is_correct`) has numbers for labels, and so our labels, lenient accuracy and votes, too.
+and may leave out all but the first. Then the best values are not known, the prompt is the default one, a completion is
+correct where the text inside `<answer>`, stripped, is the label, and a label is any text that is not empty. A file that
+takes our is_correct (`from rewards import is_correct`) has numbers for labels, and so our check_label, lenient accuracy
+and votes, too.
 """
 
 import functools
@@ -33,8 +34,8 @@ from support.errors import UserError
 from support.screen import say
 
 TRL = (
-    "TRL calls a reward function as func(prompts, completions, answer, **kwargs), where a completion is a list of messages, and "
-    "takes a list with a number, or None, for each completion"
+    "TRL calls a reward function as func(prompts, completions, answer, **kwargs), where a completion is a list of "
+    "messages, and takes a list with a number, or None, for each completion"
 )
 TAKEN = {"prompts", "completions", "answers", "step", "question", "completion", "answer"}  # what samples.jsonl has, too
 
@@ -75,12 +76,12 @@ class Rules:
             say(f"rewards     {self.file}: {', '.join(parts)}")
 
     def check_rewarded(self, rewarded: dict[str, list]) -> None:
-        """Raises RewardsError where no function gave a completion of a step a number. `rewarded`: rewards by function name."""
+        """Raises RewardsError where no function gave a completion a number. `rewarded`: a step's rewards, by name."""
         for i, values in enumerate(zip(*(rewarded[name] for name in self.names), strict=True)):
             if all(value is None for value in values):
                 raise RewardsError(
-                    f"{self.file}: {' and '.join(self.names)} gave None for completion {i + 1} of a step, which then has no "
-                    "reward: let at least one of REWARD_FUNCS give a number for every completion."
+                    f"{self.file}: {' and '.join(self.names)} gave None for completion {i + 1} of a step, which then has "
+                    "no reward: let at least one of REWARD_FUNCS give a number for every completion."
                 )
 
 
@@ -150,7 +151,7 @@ TEXT = replace(
 
 
 def load_rules(file: str) -> Rules:
-    """The rules of the Python file `file`; ours for an empty name. Raises RewardsError where it is not what TRL can use."""
+    """The rules of the Python file `file`, ours for an empty name. Raises RewardsError where TRL could not use it."""
     if not file:
         return OURS
     try:

@@ -32,8 +32,9 @@ class Recipe:
     system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
     rewards: str = setting(
         "",
-        "a Python file in place of rewards.py: REWARD_FUNCS, as TRL calls them, and if need be MAX_REWARDS, SYSTEM_PROMPT, "
-        "is_correct(text, label), else the text in <answer> has to be the label, and check_label(label); examples/ has two",
+        "a Python file in place of rewards.py: REWARD_FUNCS, as TRL calls them, and if need be MAX_REWARDS, "
+        "SYSTEM_PROMPT, check_label(label) and is_correct(text, label), without which an answer is correct where the "
+        "text inside <answer> is the label; examples/ has two",
     )
     output_dir: str = setting("outputs", "where everything that the run writes goes")
     resume: str = setting(

@@ -31,7 +31,7 @@ from support.settings import Recipe
 
 
 def recording(reward_func, rollout: dict, rules: Rules = OURS):
-    """`reward_func`, one of `rules`, which also leaves what it was given and what it gave in `rollout`, for the report."""
+    """`reward_func`, one of `rules`, which also leaves what it was given and gave in `rollout`, for the report."""
 
     @functools.wraps(reward_func)  # TRL logs a reward under the function's name
     def wrapper(prompts, completions, answer, **kwargs):

@@ -212,7 +212,9 @@ def test_a_second_signal_does_not_wait(monkeypatch, tmp_path, capsys):
             time.sleep(0.01)
         return [0.0] * len(completions)
 
-    monkeypatch.setattr(train_grpo, "load_rules", lambda file: replace(OURS, funcs=[*OURS.funcs[:4], xmlcount_reward_func]))
+    monkeypatch.setattr(
+        train_grpo, "load_rules", lambda file: replace(OURS, funcs=[*OURS.funcs[:4], xmlcount_reward_func])
+    )
     with pytest.raises(SystemExit) as end:
         in_process(monkeypatch, "--max_steps", 4, "--output_dir", tmp_path / "out")
     assert end.value.code == 130
@@ -271,7 +273,9 @@ def test_out_of_memory_on_the_way(monkeypatch, tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [0.0] * len(completions)
 
-    monkeypatch.setattr(train_grpo, "load_rules", lambda file: replace(OURS, funcs=[*OURS.funcs[:4], xmlcount_reward_func]))
+    monkeypatch.setattr(
+        train_grpo, "load_rules", lambda file: replace(OURS, funcs=[*OURS.funcs[:4], xmlcount_reward_func])
+    )
     with pytest.raises(
         UserError, match="out of GPU memory: try --micro_batch_size 2. .*step 2 is in .*one of these after: .*--resume$"
     ) as error:

@@ -1,4 +1,4 @@
-"""--rewards FILE.py: the user's functions, labels and prompt in the place of ours; and every way such a file can fail."""
+"""--rewards FILE.py: the user's functions, labels and prompt in place of ours; and every way such a file can fail."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def test_a_file_that_takes_our_is_correct_has_numbers_for_labels():
     assert len(rules.funcs) == 6 and sum(rules.maxima.values()) == 4.0 + rules.maxima["length_bonus"]
 
 
-def test_the_prompt_of_the_recipe_or_a_flag_wins_over_the_files_which_wins_over_ours(write, tmp_path):
+def test_the_prompt_of_the_recipe_or_a_flag_wins_over_the_files_which_wins_over_ours(write, tmp_path, monkeypatch):
     mine = write(GOOD + TAIL + "SYSTEM_PROMPT = '答案：'")
     assert parse_recipe(["--rewards", mine]).system_prompt == "答案："
     assert parse_recipe(["--rewards", write(GOOD + TAIL, "other.py")]).system_prompt == SYSTEM_PROMPT
@@ -101,7 +101,12 @@ def test_the_prompt_of_the_recipe_or_a_flag_wins_over_the_files_which_wins_over_
     assert parse_recipe([f"--config={recipe}"]).system_prompt == "问："
     recipe.write_text("rewards: mine.py\n", encoding="utf-8")
     assert load_recipe(recipe).system_prompt == "答案：" and load_recipe(recipe).rewards == mine  # beside the recipe
-    assert parse_recipe(["--config", str(recipe), "--rewards", "mine.py"]).rewards == "mine.py" if False else True
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "mine.py").write_text(GOOD + TAIL)
+    monkeypatch.chdir(other)  # a flag means what lies here, and a recipe what lies beside it
+    assert parse_recipe(["--config", str(recipe), "--rewards", "mine.py"]).rewards == "mine.py"
+    assert load_recipe(recipe).rewards == mine
 
 
 def test_figures_of_answers_that_are_no_numbers(write):
@@ -133,7 +138,9 @@ def test_the_majority_of_answers_that_are_no_numbers(write):
 def test_a_label_that_is_refused_names_the_row(monkeypatch, tmp_path):
     lines = [json.dumps({"question": f"第{i}题", "answer": "E" if i == 7 else "A"}) for i in range(20)]
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="row 8 .*bad.jsonl.* has 'E' in answer, .*none of A, B, C and D: correct") as error:
+    with pytest.raises(
+        UserError, match="row 8 .*bad.jsonl.* has 'E' in answer, .*none of A, B, C and D: correct"
+    ) as error:
         in_process(monkeypatch, *CHOICE, "--dataset", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "out")
     one_line(error)
 
@@ -224,27 +231,43 @@ def test_a_function_with_other_arguments(write):
 
 def test_numbers_of_numpy_and_torch_are_numbers(write):
     text = "import numpy, torch\ndef good(completions, **kwargs):\n    return {}\n" + TAIL
-    for given in ("numpy.array([1, 2])", "torch.tensor([1.0, 2.0])", "[torch.tensor(1.0), numpy.float32(2)]", "(True, 2)"):
+    for given in (
+        "numpy.array([1, 2])",
+        "torch.tensor([1.0, 2.0])",
+        "[torch.tensor(1.0), numpy.float32(2)]",
+        "(True, 2)",
+    ):
         rules = load_rules(write(text.format(given)))
         assert rules.funcs[0](prompts=[], completions=messages("a", "b"), answer=["", ""]) == [1.0, 2.0]
 
 
 def test_a_completion_that_no_function_gives_a_number(write):
-    two = "def one(completions, **_):\n    return [1.0, None]\ndef two(completions, **_):\n    return [{}, None]\n"
-    for value, numbers in (("None", {"one": [1.0, None], "two": [None, None]}),):
-        rules = load_rules(write(two.format(value) + "REWARD_FUNCS = [one, two]"))
-        with pytest.raises(RewardsError, match="one and two gave None for completion 2 of a step") as error:
-            rules.check_rewarded(numbers)
-        one_line(error)
+    two = "def one(completions, **_):\n    return [1.0, None]\ndef two(completions, **_):\n    return [None, None]\n"
+    rules = load_rules(write(two + "REWARD_FUNCS = [one, two]"))
+    with pytest.raises(RewardsError, match="one and two gave None for completion 2 of a step") as error:
+        rules.check_rewarded({"one": [1.0, None], "two": [None, None]})
+    one_line(error)
     rules.check_rewarded({"one": [1.0, None], "two": [None, 2.0]})
 
 
 @pytest.mark.parametrize(
     "text, call, words",
     [
-        ("def is_correct(text, label):\n    return text[9]", "is_correct", "line 5, in is_correct: IndexError.*True or False"),
-        ("def check_label(label):\n    return label.x", "check_label", "line 5, in check_label: AttributeError.*ValueError"),
-        ("def check_label(label):\n    return 3", "check_label", "check_label gave 3 for 'B'. Check_label.label. gives the"),
+        (
+            "def is_correct(text, label):\n    return text[9]",
+            "is_correct",
+            "line 5, in is_correct: IndexError.*True or False",
+        ),
+        (
+            "def check_label(label):\n    return label.x",
+            "check_label",
+            "line 5, in check_label: AttributeError.*ValueError",
+        ),
+        (
+            "def check_label(label):\n    return 3",
+            "check_label",
+            "check_label gave 3 for 'B'. Check_label.label. gives the",
+        ),
     ],
 )
 def test_a_rule_that_fails(write, text, call, words):
@@ -282,7 +305,15 @@ def test_multiple_choice_is_trained(choice_run):
         parts = [line[f"rewards/{name}"] for name in ("correct_reward", "letter_reward", "tags_reward")]
         assert line["reward"] == pytest.approx(sum(parts), abs=1e-5)
     sample = jsonl(out / "samples.jsonl")[0]
-    assert list(sample) == ["step", "question", "completion", "answer", "correct_reward", "letter_reward", "tags_reward"]
+    assert list(sample) == [
+        "step",
+        "question",
+        "completion",
+        "answer",
+        "correct_reward",
+        "letter_reward",
+        "tags_reward",
+    ]
     assert sample["answer"] in "ABCD"
     assert set(json.loads((out / "eval.json").read_text())["after"]) > EVALUATION
 
@@ -307,7 +338,9 @@ def test_infer_measures_with_the_copy(choice_run, monkeypatch, capsys, tmp_path)
     arguments = ["--adapter", out / "adapter", "--eval", "test", "--json", tmp_path / "e.json"]
     said = asked(monkeypatch, capsys, *arguments, "--rewards")
     figures = json.loads((tmp_path / "e.json").read_text())
-    assert set(figures.pop("rewards")) == {"correct_reward", "letter_reward", "tags_reward"} and "letter_reward " in said
+    assert (
+        set(figures.pop("rewards")) == {"correct_reward", "letter_reward", "tags_reward"} and "letter_reward " in said
+    )
     assert figures == json.loads((out / "eval.json").read_text())["after"]
 
 
@@ -365,8 +398,10 @@ FAILS += "REWARD_FUNCS = [good, fails]\nfrom rewards import is_correct\n"
 def test_a_function_that_fails_on_the_way_leaves_a_checkpoint_and_may_be_mended(write, monkeypatch, tmp_path, capsys):
     out, mine = tmp_path / "out", write(FAILS)
     run = ["--rewards", mine, "--output_dir", out, "--save_steps", 2, "--max_steps", 3]
-    words = r"mine.py, line 5, in fails: ZeroDivisionError: division by zero. TRL calls .* The checkpoint of step 2 is in .*"
-    with pytest.raises(RewardsError if False else UserError, match=words + "Mend it, then: .*--rewards .*mine.py --resume$") as error:
+    words = (
+        r"mine.py, line 5, in fails: ZeroDivisionError: division by zero. TRL calls .* The checkpoint of step 2 is in "
+    )
+    with pytest.raises(UserError, match=words + ".* Mend it, then: .*--rewards .*mine.py --resume$") as error:
         in_process(monkeypatch, *run)
     one_line(error)
     assert not flaw(out / "checkpoint-2") and error.value.__cause__ is None  # no lines of the log under it
@@ -375,6 +410,20 @@ def test_a_function_that_fails_on_the_way_leaves_a_checkpoint_and_may_be_mended(
     assert f"changed     {mine}, which failed after step 2" in capsys.readouterr().out
     assert [line["step"] for line in jsonl(out / "metrics.jsonl")] == [1, 2, 3]
     assert b"1 / 0" not in (out / "own_rewards.py").read_bytes()
+
+
+def test_an_evaluation_that_fails_after_training_is_made_again(write, monkeypatch, tmp_path):
+    out, calls = (
+        tmp_path / "out",
+        "calls = []\ndef is_correct(text, label):\n    calls.append(1)\n    return bool(1 / {})\n",
+    )
+    run = ["--output_dir", out, "--max_steps", 1, "--rewards", write(GOOD + TAIL + calls.format("(len(calls) <= 10)"))]
+    with pytest.raises(UserError, match="in is_correct: ZeroDivisionError.*The checkpoint of step 1 is in .*Mend it"):
+        in_process(monkeypatch, *run)
+    write(GOOD + TAIL + calls.format("1"))
+    in_process(monkeypatch, *run, "--resume")
+    evaluations = json.loads((out / "eval.json").read_text())
+    assert evaluations["before"]["strict"] == evaluations["after"]["strict"] == 1.0  # by the mended rule, both
 
 
 def test_a_function_that_fails_in_the_first_step(write, monkeypatch, tmp_path):
@@ -407,15 +456,15 @@ def test_check_tries_the_functions(write, monkeypatch, tmp_path, capsys):
 
 
 def test_the_length_bonus_is_hacked(monkeypatch, tmp_path):
-    """Within a few steps answers are longer and earn more."""
+    """Within a few steps answers are longer and earn more, and are hardly more often right."""
     out = tmp_path / "out"
-    steps = ["--max_steps", 12, "--prompts_per_step", 4, "--num_generations", 8, "--micro_batch_size", 32]
-    arguments = ["--rewards", "examples/length_bonus.py", "--max_completion_length", 64, *steps]
+    steps = ["--max_steps", 8, "--prompts_per_step", 4, "--num_generations", 8, "--micro_batch_size", 32]
+    arguments = ["--rewards", "examples/length_bonus.py", "--max_completion_length", 64, *steps, "--warmup_ratio", 0]
     in_process(monkeypatch, *arguments, "--output_dir", out)
     lines = jsonl(out / "metrics.jsonl")
     first, last = lines[:3], lines[-3:]
-    for key in ("rewards/length_bonus", "completions/mean_length", "reward"):
-        assert sum(line[key] for line in last) > 1.1 * sum(line[key] for line in first), key
+    for key in ("rewards/length_bonus", "reward"):
+        assert sum(line[key] for line in last) > 1.2 * sum(line[key] for line in first), key
 
 
 def test_rewards_of_one_answer_without_a_label(write):
