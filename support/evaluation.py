@@ -147,8 +147,8 @@ def evaluate(completions: list[Completion], labels: list, samples: int = 1, rule
 
     With rules of the user's (support/rules.py), strict: their is_correct holds, or, where they have none, the text
     inside <answer>, stripped, is the label. lenient: that, or the label stands in the last line, tags left out, and not
-    as a part of a word or a number. format: our form still. maj@k: votes are the texts inside <answer>, or, without one,
-    the last lines.
+    as a part of a word or a number. format: our form still. maj@k: votes are the texts inside <answer>, or, without
+    one, the last lines.
     """
     n = len(labels)
     repeated = [label for label in labels for _ in range(samples)]

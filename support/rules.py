@@ -80,8 +80,8 @@ class Rules:
         for i, values in enumerate(zip(*(rewarded[name] for name in self.names), strict=True)):
             if all(value is None for value in values):
                 raise RewardsError(
-                    f"{self.file}: {' and '.join(self.names)} gave None for completion {i + 1} of a step, which then has "
-                    "no reward: let at least one of REWARD_FUNCS give a number for every completion."
+                    f"{self.file}: {' and '.join(self.names)} gave None for completion {i + 1} of a step, which has "
+                    "then no reward: let at least one of REWARD_FUNCS give a number for every completion."
                 )
 
 
@@ -174,7 +174,7 @@ def _load(file: str, source: bytes) -> Rules:
     try:
         exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
-        hint = "installed packages and this project's rewards.py can be imported; the file itself is copied, alone"
+        hint = "Installed packages and this project's rewards.py can be imported; the file itself is copied, alone"
         raise _failed(file, error, hint) from None
 
     funcs = getattr(module, "REWARD_FUNCS", None)
@@ -246,7 +246,7 @@ def _failed(
     line = line_in(file, error) or (code.co_firstlineno if code and code.co_filename == file else None)
     where = f"{file}{f', line {line}' if line else ''}{f', in {name}' if name else ''}"
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(" .:")
-    return RewardsError(f"{where}: {reason}. {expected[:1].upper()}{expected[1:]}.")
+    return RewardsError(f"{where}: {reason}. {expected}.")
 
 
 def _checked(file: str, func: Callable) -> Callable:
@@ -281,7 +281,7 @@ def _checked_is_correct(file: str, func: Callable) -> Callable[[str, str], bool]
         try:
             return bool(func(text, label))
         except Exception as error:
-            expected = "is_correct(text, label) is called with a completion and its label, and gives True or False"
+            expected = "An is_correct(text, label) is called with a completion and its label, and gives True or False"
             raise _failed(file, error, expected, "is_correct", func) from None
 
     return is_correct
@@ -291,7 +291,9 @@ def _checked_label(file: str, func: Callable) -> Callable[[object], str]:
     def check_label(label) -> str:
         if isinstance(label, str) and re.search(NOT_UTF8, label):
             raise ValueError("which is not in UTF-8")
-        expected = "check_label(label) gives the label as it shall be kept, a str, or raises ValueError with the reason"
+        expected = (
+            "A check_label(label) gives the label as it shall be kept, a str, or raises ValueError with the reason"
+        )
         try:
             kept = func(label)
         except ValueError as error:
@@ -300,9 +302,7 @@ def _checked_label(file: str, func: Callable) -> Callable[[object], str]:
         except Exception as error:
             raise _failed(file, error, expected, "check_label", func) from None
         if not isinstance(kept, str):
-            raise RewardsError(
-                f"{file}: check_label gave {kept!r} for {label!r}. {expected[:1].upper()}{expected[1:]}."
-            )
+            raise RewardsError(f"{file}: check_label gave {kept!r} for {label!r}. {expected}.")
         return kept
 
     return check_label

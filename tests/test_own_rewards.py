@@ -266,7 +266,7 @@ def test_a_completion_that_no_function_gives_a_number(write):
         (
             "def check_label(label):\n    return 3",
             "check_label",
-            "check_label gave 3 for 'B'. Check_label.label. gives the",
+            "check_label gave 3 for 'B'. A check_label.label. gives the",
         ),
     ],
 )
@@ -417,7 +417,7 @@ def test_an_evaluation_that_fails_after_training_is_made_again(write, monkeypatc
         tmp_path / "out",
         "calls = []\ndef is_correct(text, label):\n    calls.append(1)\n    return bool(1 / {})\n",
     )
-    run = ["--output_dir", out, "--max_steps", 1, "--rewards", write(GOOD + TAIL + calls.format("(len(calls) <= 10)"))]
+    run = ["--output_dir", out, "--max_steps", 1, "--rewards", write(GOOD + TAIL + calls.format("(len(calls) <= 20)"))]
     with pytest.raises(UserError, match="in is_correct: ZeroDivisionError.*The checkpoint of step 1 is in .*Mend it"):
         in_process(monkeypatch, *run)
     write(GOOD + TAIL + calls.format("1"))
