@@ -11,6 +11,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict, ReadInstruction, disable_progress_bars, load_dataset
 from datasets.utils.logging import CRITICAL, set_verbosity
@@ -35,7 +36,7 @@ ANSWER_COLUMNS = ["answer_only", "answer_number", "final_answer", "答案", "ans
 ANSWER_COLUMNS += ["answer_zh-cn", "answer_zh"]
 QUESTION_COLUMN, ANSWER_COLUMN = QUESTION_COLUMNS[0], ANSWER_COLUMNS[0]
 NOT_UTF8 = "[\ud800-\udfff]"  # what stands for bytes that are no text, see tables.decode
-KNOWN_QUESTIONS = {plain(name) for name in QUESTION_COLUMNS}
+
 
 # The form that rewards.py scores, newline by newline.
 SYSTEM_PROMPT = """请按照如下格式回答：
@@ -98,6 +99,34 @@ def kept_labels(labels: list, check_label: Callable[[object], str]) -> tuple[lis
     return kept, reason
 
 
+class Columns(NamedTuple):
+    """The names that the column of questions and that of labels may have, the first that can serve.
+
+    `check_label` makes a label, as it is kept, of what is in its column; ValueError, with what is wrong, where it is none.
+    """
+
+    questions: list[str] = QUESTION_COLUMNS
+    labels: list[str] = ANSWER_COLUMNS
+    check_label: Callable[[object], str] = number_label
+
+    @property
+    def known(self) -> set[str]:
+        return set(map(plain, self.questions))
+
+    def is_label(self, value) -> bool:
+        return kept_labels([value], self.check_label)[0] != [None]
+
+
+USUAL = Columns()
+
+
+def columns_named(question: str, answer: str, check_label: Callable = number_label, others: bool = False) -> Columns:
+    """The columns of these names only, or, with `others`, rather than of the usual ones; an empty name: the usual ones."""
+    names = ((question, QUESTION_COLUMNS), (answer, ANSWER_COLUMNS))
+    found = ([name, *(usual if others else [])] if name else usual for name, usual in names)
+    return Columns(*found, check_label)
+
+
 # --- questions ---------------------------------------------------------------------------------------
 
 
@@ -107,20 +136,19 @@ def load_questions(
     tokenizer,
     max_prompt_length: int,
     system_prompt: str = SYSTEM_PROMPT,
-    check_label: Callable[[object], str] = number_label,
+    columns: Columns = USUAL,
 ) -> Dataset:
     """The questions of `split` as a Dataset with `prompt` (list of messages) and `answer` (str).
 
     `dataset` is a hub id, a folder or a file; `split` is a split's name or a slice of one (`train[:90%]`).
     Questions whose prompt has more than `max_prompt_length` tokens are dropped, and their number is printed: newer
     TRL does not cut prompts, and vLLM refuses them. Raises UserError with one sentence where a question cannot be used.
-    `check_label`: what makes a label of what is in the file, or raises ValueError.
     """
-    table, question_column, answer_column = load_rows(dataset, split, check_label)
+    table, question_column, answer_column = load_rows(dataset, split, columns)
     say_columns(table, [question_column, answer_column], dataset)
     check_questions(table, question_column)
     questions, labels = table.columns[question_column], table.columns[answer_column]
-    answers, reason = kept_labels(labels, check_label)
+    answers, reason = kept_labels(labels, columns.check_label)
     bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None}
     if bad:
         raise UserError(f"{table.describe(bad, answer_column, reason)}: correct or remove such rows.")
@@ -147,30 +175,30 @@ def load_questions(
     return Dataset.from_dict({"prompt": [prompts[row] for row in fitting], "answer": [answers[row] for row in fitting]})
 
 
-def read_questions(file: str, check_label: Callable[[object], str] = number_label) -> tuple[list[str], list]:
+def read_questions(file: str, columns: Columns = USUAL) -> tuple[list[str], list]:
     """The questions of a file and their answers, None where there is none.
 
-    A label that `check_label` refuses counts as none. Answers are numbers with number_label, and else text.
+    A label that `columns.check_label` refuses counts as none. Answers are numbers with number_label, and else text.
     """
     if (kind := kind_of(file)) != "file":
         raise UserError(f"{file} is {kind}, and no file." if kind else f"there is no file {shown(file, 200)}.")
-    table = read_table(Path(file), KNOWN_QUESTIONS)
+    table = read_table(Path(file), columns.known)
     if not len(table):
         raise UserError(f"{file} has no questions.")
-    question_column = find_column(table, QUESTION_COLUMNS, file, is_question)
+    question_column = find_column(table, columns.questions, file, is_question)
     check_questions(table, question_column, word="question")
     questions, answers = table.columns[question_column], [None] * len(table)
     used = [question_column]
-    if any(plain(name) in table.columns for name in ANSWER_COLUMNS):
-        answer_column = find_column(table, ANSWER_COLUMNS, file, can_be_label(check_label))
+    if any(plain(name) in table.columns for name in columns.labels):
+        answer_column = find_column(table, columns.labels, file, columns.is_label)
         used.append(answer_column)
         labels = table.columns[answer_column]
-        answers, reason = kept_labels(labels, check_label)
+        answers, reason = kept_labels(labels, columns.check_label)
         bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None and labels[row] is not None}
         if bad:  # asking needs no labels
             say(f"labels      {table.describe(bad, answer_column, reason)}: taken as unknown")
     say_columns(table, used, file)
-    if check_label is number_label:
+    if columns.check_label is number_label:
         numbers = [None if answer is None else Decimal(answer) for answer in answers]
         answers = [n if n is None else int(n) if n == n.to_integral_value() else float(n) for n in numbers]
     return questions, answers
@@ -178,14 +206,6 @@ def read_questions(file: str, check_label: Callable[[object], str] = number_labe
 
 def is_question(value) -> bool:
     return isinstance(value, str) and any(map(str.isalnum, value))
-
-
-def is_label(value) -> bool:
-    return read_label(value) is not None
-
-
-def can_be_label(check_label: Callable[[object], str]) -> Callable[[object], bool]:
-    return lambda value: kept_labels([value], check_label)[0] != [None]
 
 
 def check_questions(table: Table, column: str, word: str = "row") -> None:
@@ -211,9 +231,8 @@ def find_column(table: Table, names: list[str], dataset: str, can_serve: Callabl
     there = [plain(name) for name in names if plain(name) in table.columns]
     if not there:
         has = ", ".join(shown(name, 30) for name in list(table.names.values())[:12]) or "none"
-        raise UserError(
-            f"{dataset} has no column {' or '.join(names)}: it has {has}. Rename the one that is meant to {names[0]}."
-        )
+        advice = f"Rename the one that is meant to {names[0]}" if len(names) > 1 else "Name one of these"
+        raise UserError(f"{dataset} has no column {' or '.join(names)}: it has {has}. {advice}.")
     serving = {column: sum(map(can_serve, table.columns[column])) for column in there}
     return next((column for column in there if serving[column] * 2 >= len(table)), max(there, key=serving.get))
 
@@ -229,9 +248,9 @@ def say_columns(table: Table, used: list[str], dataset: str) -> None:
 # --- splits ------------------------------------------------------------------------------------------
 
 
-def train_and_test_splits(dataset: str) -> tuple[str, str]:
+def train_and_test_splits(dataset: str, columns: Columns = USUAL) -> tuple[str, str]:
     """The names of the two splits; `validation` stands in for `test`. Of a set with one split the last tenth is held out."""
-    names = list(splits_of(dataset))
+    names = list(splits_of(dataset, columns))
     kinds = {SPLIT_WORDS.get(plain(name), name): name for name in reversed(names)}
     held_out = kinds.get("test") or kinds.get("validation")
     if held_out and len(names) > 1:
@@ -245,12 +264,12 @@ def train_and_test_splits(dataset: str) -> tuple[str, str]:
     return f"{only}[:90%]", f"{only}[90%:]"
 
 
-def load_rows(dataset: str, split: str, check_label: Callable[[object], str] = number_label) -> tuple[Table, str, str]:
+def load_rows(dataset: str, split: str, columns: Columns) -> tuple[Table, str, str]:
     """The rows of a split, or of a slice or a sum of splits as `datasets` writes them, and the columns of questions and labels.
 
     The columns are those that serve in whole splits, so they are the same in every slice. Raises UserError where there is nothing.
     """
-    splits = splits_of(dataset)
+    splits = splits_of(dataset, columns)
     names = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
     if not splits.keys() >= set(names):
         raise UserError(f"cannot load the split {split} of {dataset}: it has {', '.join(splits)}.")
@@ -265,21 +284,21 @@ def load_rows(dataset: str, split: str, check_label: Callable[[object], str] = n
         held_out = ": give a file of five questions or more, as its last tenth is held out" if own else ""
         raise UserError(f"{dataset} has no questions in its split {split}{held_out}.")
     whole = join(list(tables.values()))
-    question_column = find_column(whole, QUESTION_COLUMNS, dataset, is_question)
-    return table, question_column, find_column(whole, ANSWER_COLUMNS, dataset, can_be_label(check_label))
+    question_column = find_column(whole, columns.questions, dataset, is_question)
+    return table, question_column, find_column(whole, columns.labels, dataset, columns.is_label)
 
 
-def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
+def splits_of(dataset: str, columns: Columns) -> dict[str, Callable[[], Table]]:
     """The splits of a hub id, folder or file, each with what reads it. One that is all there is may be cut by its column `split`."""
     found = find_local(dataset)
     path, kind = Path(found), kind_of(found)
     if kind == "folder":
         try:
-            readers = {split: partial(read_files, files) for split, files in split_files(path).items()}
+            readers = {split: partial(read_files, files, columns) for split, files in split_files(path).items()}
         except OSError as error:
             raise UserError(f"cannot read {error.filename or dataset}: {error.strerror}.") from error
     elif kind == "file":
-        readers = {"train": partial(read_files, [path])}
+        readers = {"train": partial(read_files, [path], columns)}
     elif kind or path.is_absolute() or path.suffix.lower() in FILE_TYPES or dataset.startswith(".") or "://" in dataset:
         raise UserError(
             f"{dataset} is {kind}: give a file or a folder."
@@ -304,16 +323,16 @@ def splits_of(dataset: str) -> dict[str, Callable[[], Table]]:
     return {mark: partial(table.pick, rows) for mark, rows in marked.items()}
 
 
-def read_files(files: list[Path]) -> Table:
+def read_files(files: list[Path], columns: Columns) -> Table:
     """The rows of the files of a split, but for files that hold none and JSON about the set, which has no column of questions."""
-    tables = {file: read_table(file, KNOWN_QUESTIONS) for file in files}
-    has = {file: not KNOWN_QUESTIONS.isdisjoint(table.columns) for file, table in tables.items()}
+    tables = {file: read_table(file, columns.known) for file in files}
+    has = {file: not columns.known.isdisjoint(table.columns) for file, table in tables.items()}
     for file, table in list(tables.items()) if any(has.values()) else []:
         if not has[file] and (file.suffix.lower() == ".json" or not len(table)):
             say_once(f"passed over {file}: it has no column of questions", about=str(file))
             del tables[file]
     tables = list(tables.values())
-    for names, can_serve in ((QUESTION_COLUMNS, is_question), (ANSWER_COLUMNS, is_label)):
+    for names, can_serve in ((columns.questions, is_question), (columns.labels, columns.is_label)):
         known = [set(map(plain, names)) & table.columns.keys() for table in tables]
         if all(known) and not set.intersection(*known):  # each file has a name of its own for them
             for table in tables:
@@ -337,3 +356,15 @@ def load_from_hub(dataset: str) -> DatasetDict:
             f"cannot load {dataset} from the Hugging Face hub: {reason} "
             "Check the name and the network, or give a local folder or file with --dataset."
         ) from error
+
+
+def revision_of(dataset: str) -> str | None:
+    """The commit that a set on the hub was loaded from, None of a local one: `datasets` names the folder of its cache so."""
+    found = find_local(dataset)
+    if kind_of(found):
+        return None
+    folders = {
+        Path(file["filename"]).parent.name for rows in load_from_hub(found).values() for file in rows.cache_files
+    }
+    commits = {name for name in folders if re.fullmatch("[0-9a-f]{40}", name)}
+    return commits.pop() if len(commits) == 1 else None

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from data import control_tokens, load_questions, read_questions, to_prompt, train_and_test_splits
+from data import columns_named, control_tokens, load_questions, read_questions, to_prompt, train_and_test_splits
 from support.adapters import add_adapter, check_adapter, recipe_of
 from support.asking import StreamedAnswer, as_messages, parse_arguments, resume_output, show, to_record
 from support.engine import adapter_name
@@ -55,7 +55,8 @@ def main() -> None:
             args.expected = rules.check_label(args.expected)
         except ValueError as error:
             raise UserError(f"--expected is {args.expected}, {error}.") from None
-    questions, labels = read_questions(args.input, rules.check_label) if args.input else ([], [])
+    columns = columns_named(recipe.question_column, recipe.answer_column, rules.check_label, others=True)
+    questions, labels = read_questions(args.input, columns) if args.input else ([], [])
     questions, labels = questions[: args.limit], labels[: args.limit]
     if base and args.model and args.model != base:
         note(f"note: the adapter was trained on {base}, and is used on {args.model}")
@@ -204,7 +205,9 @@ def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Calla
     """--eval: prints the figures of each policy, and writes them to --json."""
     is_file = Path(args.eval).is_file()
     dataset = args.eval if is_file else recipe.dataset
-    train_split, test_split = train_and_test_splits(dataset)
+    other = is_file or args.dataset is not None  # not the recipe's: its columns may have the usual names
+    columns = columns_named(recipe.question_column, recipe.answer_column, rules.check_label, others=other)
+    train_split, test_split = train_and_test_splits(dataset, columns)
     if is_file:  # all of it, or, where a column marks some rows as held out, these
         split = "train" if "%" in test_split else test_split
     elif train_split == "test[:90%]":  # test is all there is
@@ -212,7 +215,7 @@ def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Calla
     else:
         split = {"train": train_split, "test": test_split}.get(args.eval, args.eval)
     questions = load_questions(
-        dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt, rules.check_label
+        dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt, columns=columns
     )
     questions = questions.select(range(min(args.limit or len(questions), len(questions))))
     labels = questions["answer"][:]

@@ -36,11 +36,12 @@ from pathlib import Path
 import torch
 
 from support import turing
-from support.memory import is_out_of_memory, limit_memory, memory_advice
+from support.memory import is_out_of_memory, limit_memory, memory_advice, parameter_counts
 from support.preflight import (
     GPU,
     MODEL_ERRORS,
     check_machine,
+    commit_of,
     compute_dtype,
     model_error,
     nvidia_driver,
@@ -69,14 +70,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import GRPOConfig
 
-from data import load_questions, train_and_test_splits
+from data import columns_named, load_questions, revision_of, train_and_test_splits
+from support.best import Development, hold_out, keep_adapter
 from support.check import Check, trial
 from support.divergence import DivergenceCheck
 from support.engine import engine_arguments, generation, own_lora_folder, start_again
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.places import SCRIPTS, find_model
-from support.resuming import find_start, hold
+from support.resuming import TABLE, checkpoints, find_start, hold, step_of
 from support.rules import Rules, load_rules
 from support.schedule import schedule_arguments
 from support.screen import doing, say
@@ -84,6 +86,7 @@ from support.settings import Recipe, parse_recipe
 from support.step_report import Report, installed_versions, recording
 from support.stopping import Saving
 from support.trainer import Trainer
+from support.watch import Watch, cut_off
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -118,6 +121,8 @@ def load_base_model(recipe: Recipe, max_num_seqs: int):
         if not recipe.use_vllm or is_out_of_memory(error):
             raise
         raise start_again(recipe, error) from error
+    if hasattr(model, "vllm_engine"):  # which encodes the prompts, and ends the answers, with a tokenizer of its own
+        prepare_tokenizer(model.vllm_engine.get_tokenizer(), recipe.model)
     return model, prepare_tokenizer(tokenizer, recipe.model)
 
 
@@ -145,7 +150,11 @@ def load_policy(recipe: Recipe):
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
     if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
         model.generation_config = GenerationConfig()
-    return attach_lora(model, recipe), tokenizer
+    policy = attach_lora(model, recipe)
+    made = sum(weights.numel() for name, weights in policy.named_parameters() if ".lora_" in name)
+    if made != parameter_counts(model.config, recipe.lora_rank)[0]:  # as of Phi-3, which has three layers in one
+        raise UserError(f"{recipe.model} has other linear layers than {', '.join(LORA_TARGETS)}: give another --model.")
+    return policy, tokenizer
 
 
 # --- training ----------------------------------------------------------------------------------------
@@ -240,18 +249,16 @@ def read_model(recipe: Recipe):
 
 
 def read_questions(recipe: Recipe, tokenizer, rules: Rules):
-    """The questions to train on, and the first `eval_samples` of those held out; `rules` say what a label is."""
+    """The questions to train on, those to develop on, and the first `eval_samples` of those that are held out."""
     doing("reading", recipe.dataset)
-    train_split, test_split = train_and_test_splits(recipe.dataset)
-    train, test = (
-        load_questions(
-            recipe.dataset, split, tokenizer, recipe.max_prompt_length, recipe.system_prompt, rules.check_label
-        )
-        for split in (train_split, test_split)
-    )
+    columns = columns_named(recipe.question_column, recipe.answer_column, rules.check_label)
+    splits = train_and_test_splits(recipe.dataset, columns)
+    length, system_prompt = recipe.max_prompt_length, recipe.system_prompt
+    train, test = (load_questions(recipe.dataset, s, tokenizer, length, system_prompt, columns=columns) for s in splits)
     test = test.select(range(min(recipe.eval_samples, len(test))))
-    say(f"questions   {len(train)} to train on, {len(test)} held out")
-    return train, test
+    train, dev = hold_out(train, recipe)
+    say(f"questions   {len(train)} to train on, {len(dev)} to develop on, {len(test)} held out")
+    return train, dev, test
 
 
 def run(recipe: Recipe) -> None:
@@ -270,7 +277,7 @@ def run(recipe: Recipe) -> None:
     screen.log_to(out)
 
     # Data and model.
-    train, test = read_questions(recipe, tokenizer, rules)
+    train, dev, test = read_questions(recipe, tokenizer, rules)
     model, tokenizer = load_policy(recipe)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
@@ -284,9 +291,12 @@ def run(recipe: Recipe) -> None:
     )
     report = Report(recipe, start, len(train), rollout, rules)
     report.evaluations["generation"] = generation(recipe, model)
+    report.evaluations["revisions"] = {"model": commit_of(model_config), "dataset": revision_of(recipe.dataset)}
     saving = Saving(recipe, trainer, report)
+    development = Development(recipe, trainer, tokenizer, dev, report, saving)
     trainer.remove_callback(ProgressCallback)
-    for callback in (report, DivergenceCheck(recipe, report.metrics), saving):
+    watch = Watch(recipe, report)
+    for callback in (report, DivergenceCheck(recipe, report.metrics), saving, development, watch):
         trainer.add_callback(callback)
 
     with saving:  # what there is, on Ctrl-C, SIGTERM and errors
@@ -297,6 +307,9 @@ def run(recipe: Recipe) -> None:
             before = measure(trainer.model, tokenizer, test, recipe.max_completion_length, rules=rules)
         say(evaluation_table({"before": before}))
         report.evaluations["before"] = before
+        watch.warn("cut off", cut_off(before, recipe))
+        if development.due(start.step) and not start.checkpoint:
+            development.evaluate(start.step)
 
         # Training.
         doing("training", f"{recipe.max_steps} steps", total=recipe.max_steps)
@@ -304,16 +317,25 @@ def run(recipe: Recipe) -> None:
         trainer.train(resume_from_checkpoint=start.checkpoint)
         training_seconds = time.perf_counter() - training_clock
         saving.leave_if_stopped()
-        trainer.model.save_pretrained(out / "adapter")
-        tokenizer.save_pretrained(out / "adapter")
 
-        # The evaluation after the last step, through the adapter as it was saved.
+        # adapter/ is the policy that was best on the way; the evaluation after is of it, as it was saved.
+        last, best = checkpoints(out)[0], development.best() or checkpoints(out)[0]
+        evaluations = {"before": before}
         doing("answering", f"{len(test)} held-out questions")
-        after = measure(trainer.model, tokenizer, test, recipe.max_completion_length, out / "adapter", rules)
-        say(f"{len(test)} held-out questions, greedy, same prompt and parser before and after:")
-        say(evaluation_table({"before": before, "after": after}))
+        length = recipe.max_completion_length
+        if best != last:
+            evaluations["last"] = measure(trainer.model, tokenizer, test, length, last, rules)
+            if not recipe.use_vllm:  # which reads the LoRA from the folder that `measure` is given
+                trainer._load_from_checkpoint(str(best))
+        keep_adapter(best, out)
+        tokenizer.save_pretrained(out / "adapter")
+        evaluations["after"] = measure(trainer.model, tokenizer, test, length, out / "adapter", rules)
+        steps = f"after: step {step_of(best)}" + (f", the best on the way; last: step {step_of(last)}" * (best != last))
+        say(f"{len(test)} held-out questions, greedy, same prompt and parser; {steps}")
+        say(evaluation_table({name: evaluations[name] for name in TABLE if name in evaluations}))
         report.write_evaluations(
-            after=after,
+            **evaluations,
+            best_step=step_of(best),
             gpu=torch.cuda.get_device_name() if GPU else None,
             seconds={"training": round(training_seconds, 1), "total": round(time.perf_counter() - clock, 1)},
             versions=installed_versions(),
@@ -343,7 +365,7 @@ def check(recipe: Recipe) -> None:
             checking.four_bit_product(model_config)
 
         checking.begin("questions", recipe.dataset)
-        train, _ = read_questions(recipe, tokenizer, rules)
+        train, _, _ = read_questions(recipe, tokenizer, rules)
         checking.begin("loading", recipe.model)
         start = time.perf_counter()
         model, tokenizer = load_policy(recipe)

@@ -134,16 +134,15 @@ def measure_kernels() -> list[dict]:
 
 
 def write_adapter(config, rank: int, folder: Path, seed: int = 0) -> None:
-    """Saves a LoRA as PEFT does, random in both factors, on all seven linear layers of a Qwen2 or Llama model."""
+    """Saves a LoRA as PEFT does, random in both factors, on all seven linear layers; `config` as in support.memory.linear_shapes."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    shapes = {"q_proj": (hidden, hidden), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (hidden, hidden)}
-    shapes = {f"self_attn.{name}": shape for name, shape in shapes.items()}
-    shapes |= {"mlp.gate_proj": (hidden, mlp), "mlp.up_proj": (hidden, mlp), "mlp.down_proj": (mlp, hidden)}
+    from support.memory import linear_shapes
+
+    parts = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
+    shapes = {f"{parts.get(name, 'mlp')}.{name}": shape for name, shape in linear_shapes(config).items()}
     random, weights = torch.Generator().manual_seed(seed), {}
     for layer in range(config.num_hidden_layers):
         for name, (width, out) in shapes.items():

@@ -196,6 +196,13 @@ def evaluation_table(evaluations: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def best_evaluation(evaluations: list[dict]) -> dict | None:
+    """The line of evaluations.jsonl with the highest strict accuracy, the later of equals; step 0 is no policy of ours."""
+    return max(
+        (line for line in evaluations if line["step"]), key=lambda line: (line["strict"], line["step"]), default=None
+    )
+
+
 # --- statistics --------------------------------------------------------------------------------------
 
 

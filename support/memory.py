@@ -21,33 +21,35 @@ NO_CACHE = ("memory for the cache", "available KV cache memory")  # vLLM's words
 NOT_FREE = "desired GPU memory utilization"
 
 
-def parameter_counts(config, lora_rank: int) -> tuple[int, int, int]:
-    """Parameters of the LoRA, of the linear layers, and of the embeddings, from a config of the Llama or Qwen2 shape."""
+def linear_shapes(config) -> dict[str, tuple[int, int]]:
+    """What goes into each linear layer and what comes out, from a config of Llama's, Qwen's, Mistral's or Gemma's shape.
+
+    Qwen3 and Gemma say how wide a head is; of the others it is the hidden size over their number.
+    """
     hidden, mlp = config.hidden_size, config.intermediate_size
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    shapes = [
-        (hidden, hidden),
-        (hidden, kv),
-        (hidden, kv),
-        (hidden, hidden),
-        (hidden, mlp),
-        (hidden, mlp),
-        (mlp, hidden),
-    ]
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q, kv = (head * heads for heads in (config.num_attention_heads, config.num_key_value_heads))
+    attention = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
+    return attention | {"gate_proj": (hidden, mlp), "up_proj": (hidden, mlp), "down_proj": (mlp, hidden)}
+
+
+def parameter_counts(config, lora_rank: int) -> tuple[int, int, int]:
+    """Parameters of the LoRA, of the linear layers, and of the embeddings; `config` as in linear_shapes."""
+    shapes = linear_shapes(config).values()
     lora = config.num_hidden_layers * lora_rank * sum(rows + columns for rows, columns in shapes)
     linear = config.num_hidden_layers * sum(rows * columns for rows, columns in shapes)
-    return lora, linear, config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    return lora, linear, config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
 def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]:
-    """Estimated peak GPU memory in GiB, part by part, from a transformers config of the Llama or Qwen2 shape.
+    """Estimated peak GPU memory in GiB, part by part, from a transformers config as in linear_shapes.
 
     With vLLM the weights and the KV cache lie in vLLM's share of the card; without it they count by themselves.
     NF4 with double quantisation takes 4.127 bits a weight (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
     """
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     lora, linear, embeddings = parameter_counts(config, recipe.lora_rank)
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    q, kv = (linear_shapes(config)[name][1] for name in ("q_proj", "k_proj"))
     sequence = recipe.max_prompt_length + recipe.max_completion_length
     completions = recipe.prompts_per_step * recipe.num_generations
 
@@ -62,7 +64,7 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
         # Every layer keeps its input. Then come the logits, and when they are gone, four activations of one MLP at a time.
         activations = 2 * tokens * layers * hidden + max(logits, 2 * tokens * 4 * mlp)
     else:
-        activations = 2 * tokens * layers * (6 * hidden + 2 * kv + 3 * mlp) + logits
+        activations = 2 * tokens * layers * (4 * hidden + 2 * q + 2 * kv + 3 * mlp) + logits
     parts = {
         "weights": weights,
         "KV cache": kv_cache,

@@ -23,6 +23,7 @@ from support.errors import UserError
 from support.memory import CUDA_GIB, GIB, check_memory, estimate_memory, parameter_counts
 from support.places import find_model
 from support.screen import say
+from support.templates import adapt_template
 
 if TYPE_CHECKING:
     from support.settings import Recipe
@@ -159,6 +160,11 @@ def model_error(model: str, error: Exception) -> UserError:
     return UserError(f"cannot load the model {model}: {reason}")
 
 
+def commit_of(config) -> str | None:
+    """The commit on the hub that a model's config is of; None of a folder."""
+    return getattr(config, "_commit_hash", None)
+
+
 def prepare_tokenizer(tokenizer, model: str):
     """`tokenizer` as training, asking and measuring need it: it can write a conversation, end it and pad it.
 
@@ -170,18 +176,33 @@ def prepare_tokenizer(tokenizer, model: str):
         raise UserError(
             f"the tokenizer of {model} has no eos_token, which ends an answer: set it in tokenizer_config.json."
         )
+    adapt_template(tokenizer, model)
     if tokenizer.pad_token is None:  # Llama's, among others
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def check_kind(model: str, config) -> None:
+    """Raises UserError for what is no dense language model with the seven linear layers of Llama's."""
+    if hasattr(config, "text_config") or hasattr(config, "vision_config"):
+        fault = "which takes more than text"
+    elif any("expert" in name and value for name, value in config.to_dict().items()):
+        fault = "a mixture of experts"
+    elif config.is_encoder_decoder or not (
+        hasattr(config, "intermediate_size") and hasattr(config, "num_key_value_heads")
+    ):
+        fault = "which has other layers than the LoRA goes on"
+    else:
+        return
+    raise UserError(
+        f"{model} is a {config.model_type}, {fault}: give a dense --model, "
+        "of the Qwen2, Qwen3, Llama, Mistral or Gemma kind."
+    )
+
+
 def preflight(recipe: Recipe, config) -> None:
     """Prints what will run on what. Raises UserError where it cannot run. `config`: the model's, of transformers."""
-    if not (hasattr(config, "intermediate_size") and hasattr(config, "num_key_value_heads")):
-        raise UserError(
-            f"{recipe.model} is a {config.model_type}, which has other layers than the LoRA goes on: "
-            "give a --model of the Qwen2 or Llama kind."
-        )
+    check_kind(recipe.model, config)
     if "8bit" in recipe.optim:
         check_installed("bitsandbytes")
     if recipe.report_to != "none":

@@ -26,12 +26,14 @@ yaml.SafeDumper.add_representer(
 )
 
 # A run with another value for one of these is another run, or cannot take over the optimiser's state.
-FIXED = ["model", "dataset", "system_prompt", "seed", "lora_rank", "lora_alpha", "load_in_4bit"]
-FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay"]
+FIXED = ["model", "dataset", "question_column", "answer_column", "system_prompt", "seed"]
+FIXED += ["lora_rank", "lora_alpha", "load_in_4bit"]
+FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay", "dev_samples"]
 # So is one with another content of the user's file of rewards: `rewards` is compared by its digest, as files move.
 MOVES = ["resume", "output_dir", "rewards"]
 
 
+TABLE = ("before", "after", "last")  # of eval.json, in the order in which they are shown
 UNFINISHED = "it was not finished"
 LOCK = ".lock"
 OWN_REWARDS = (
@@ -193,7 +195,7 @@ def find_start(recipe: Recipe, rules: Rules) -> Start:
     done = "after" in start.evaluations and (out / "adapter").exists() and start.checkpoint == checkpoints(out)[0]
     if done and start.step >= recipe.max_steps and not start.changed:
         say(f"The run in {out} is complete, with {start.step} steps; --max_steps goes on from there.")
-        start.evaluations = {name: start.evaluations[name] for name in ("before", "after")}
+        start.evaluations = {name: start.evaluations[name] for name in TABLE if name in start.evaluations}
         start.complete = True
     elif start.step > recipe.max_steps:
         raise UserError(f"{start.checkpoint} is past --max_steps {recipe.max_steps}: give {start.step} or more.")
@@ -279,11 +281,11 @@ def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
         if step_of(later) > step:
             say(f"removed     {later}, which comes after step {step}")
             shutil.rmtree(later)
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+    for path in (out / "metrics.jsonl", out / "samples.jsonl", out / "evaluations.jsonl"):
         if checkpoint:
             content = path.read_bytes() if path.exists() else b""
             lines = read_json_lines(path)
-            if not content.endswith(b"\n") or lines[-1]["step"] > step:
+            if content and (not content.endswith(b"\n") or lines[-1]["step"] > step):
                 write_json_lines(path, [line for line in lines if line["step"] <= step])
         else:
             path.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ class Rules:
     """What an answer is worth, when it is right, and what a label is. `text` is a whole completion."""
 
     funcs: list[Callable]  # as TRL calls them
-    maxima: dict[str, float] | None  # the best value of each, by name; None: not known
+    maxima: dict[str, float]  # the best value of each, by name; empty: not known
     is_correct: Callable[[str, str], bool]  # text, label
     is_lenient: Callable[[str, str], bool]
     check_label: Callable[[object], str]  # the label as it is kept, or ValueError
@@ -71,7 +71,7 @@ class Rules:
     def say(self) -> None:
         """A line on whose rules these are, where they are the user's."""
         if self.file:
-            best = self.maxima or {}
+            best = self.maxima
             parts = [f"{name} (at best {best[name]:g})" if name in best else name for name in self.names]
             say(f"rewards     {self.file}: {', '.join(parts)}")
 
@@ -214,7 +214,7 @@ def _load(file: str, source: bytes) -> Rules:
     return replace(
         rules,
         funcs=[_checked(file, func) for func in funcs],
-        maxima=dict(zip(names, map(float, best), strict=True)) if best else None,
+        maxima=dict(zip(names, map(float, best), strict=True)) if best else {},
         check_label=_checked_label(file, check_label or rules.check_label),
         system_prompt=prompt,
         file=Path(file),

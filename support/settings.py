@@ -29,6 +29,10 @@ class Recipe:
 
     model: str = setting("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "the policy to start from: a hub id or a folder")
     dataset: str = setting(HUB_ID, "the questions: a hub id, a folder, or a JSONL, CSV or Parquet file")
+    question_column: str = setting("", "the dataset's column of questions; not given: found by its name")
+    answer_column: str = setting(
+        "", "the dataset's column of answers, each with one number; not given: found by its name"
+    )
     system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
     rewards: str = setting(
         "",
@@ -90,6 +94,11 @@ class Recipe:
     vram_gib: float = setting(0.0, "stay under so many GiB of GPU memory; 0: the whole card")
 
     eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")
+    dev_samples: int = setting(
+        128,
+        "questions out of the training split, by which the best policy is chosen; at most a tenth of it; 0: the last one",
+    )
+    eval_steps: int = setting(20, "steps between answers to them, each with a checkpoint")
     save_steps: int = setting(10, "steps between checkpoints")
     save_total_limit: int = setting(3, "checkpoints that are kept, the newest ones")
     sample_steps: int = setting(10, "steps between the sample answers that are printed")
@@ -174,7 +183,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{f.name} is {value!r}: choose from {', '.join(get_args(f.type))}.")
     least = dict.fromkeys(
         ["max_steps", "prompts_per_step", "micro_batch_size", "max_prompt_length", "max_completion_length", "lora_rank"]
-        + ["eval_samples", "save_steps", "sample_steps"],
+        + ["eval_samples", "eval_steps", "save_steps", "sample_steps"],
         1,
     )
     least |= {
@@ -185,6 +194,7 @@ def check_recipe(recipe: Recipe) -> None:
         "vram_gib": 0,
         "seed": 0,
         "lora_alpha": 0,
+        "dev_samples": 0,
         "save_total_limit": 2,  # an old checkpoint goes before the new one is known to be whole
     }
     for name, low in least.items():

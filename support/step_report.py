@@ -57,9 +57,9 @@ class Report(TrainerCallback):
 
     def __init__(self, recipe: Recipe, start: Start, questions: int, rollout: dict, rules: Rules):
         self.recipe, self.start, self.questions, self.rollout, self.rules = recipe, start, questions, rollout, rules
-        self.metrics, self.samples = (
-            [line for line in read_json_lines(self.out / f"{name}.jsonl") if line["step"] <= start.step]
-            for name in ("metrics", "samples")
+        self.metrics, self.samples, self.development = (
+            [line for line in read_json_lines(self.out / f"{name}.jsonl") if start.step and line["step"] <= start.step]
+            for name in ("metrics", "samples", "evaluations")
         )
         self.evaluations = {}  # what eval.json holds
         self.seconds = []  # of each step
@@ -79,6 +79,7 @@ class Report(TrainerCallback):
             go_back_to(self.start.checkpoint, self.recipe)
             write_recipe(self.recipe, self.rules)
             write_json(self.out / "eval.json", self.evaluations)
+            write_json_lines(self.out / "evaluations.jsonl", self.development)
             self.begun = True
 
     def write_evaluations(self, **evaluations) -> None:
@@ -86,6 +87,27 @@ class Report(TrainerCallback):
         self.evaluations |= evaluations
         check_present(self.out)
         write_json(self.out / "eval.json", self.evaluations)
+
+    def write_development(self, step: int, figures: dict, seconds: float) -> None:
+        """One line, and one of evaluations.jsonl: what the policy after `step` makes of the development questions."""
+        line = {"step": step, **figures, "seconds": round(seconds, 2)}
+        highest = max((other["strict"] for other in self.development), default=0.0)
+        self.development.append(line)
+        if self.begun:
+            check_present(self.out)
+            write_json_lines(self.out / "evaluations.jsonl", [line], append=True)
+        say(
+            f"accuracy    step {step}  strict {line['strict']:.1%} ({line['strict_low']:.1%} to {line['strict_high']:.1%})  "
+            f"lenient {line['lenient']:.1%}  format {line['format']:.1%}  of {line['n']} development questions  {seconds:.1f} s"
+            + ("  the best so far" if step and line["strict"] >= highest else "")
+        )
+
+    def seconds_left(self, step: int, last: int = 10) -> float:
+        """What the run takes after `step` at the pace of the `last` steps, with the accuracy on the way."""
+        paces, steps = self.seconds[-last:], range(step + 1, self.recipe.max_steps + 1)
+        evaluations = sum(i % self.recipe.eval_steps == 0 or i == self.recipe.max_steps for i in steps)
+        evaluation = self.development[-1]["seconds"] if self.development else 0.0
+        return len(steps) * sum(paces) / len(paces) + evaluations * evaluation
 
     def on_train_begin(self, args, state, control, **kwargs):
         screen.advance(state.global_step)
@@ -107,7 +129,7 @@ class Report(TrainerCallback):
         write_json_lines(self.out / "metrics.jsonl", [metrics], append=True)
         write_json_lines(self.out / "samples.jsonl", samples, append=True)
 
-        left = (state.max_steps - state.global_step) * sum(self.seconds[-10:]) / len(self.seconds[-10:]) / 60
+        left = self.seconds_left(state.global_step) / 60
         parts = " + ".join(f"{short(name)} {shown(metrics[f'rewards/{name}'], '.2f')}" for name in self.rules.names)
         say(
             f"step {state.global_step:3}  reward {metrics['reward']:.2f} = {parts}  "
@@ -116,16 +138,16 @@ class Report(TrainerCallback):
             f"{left:.0f} min left",
         )
         screen.advance(state.global_step)
-        if len(self.seconds) == 3 and (left_steps := state.max_steps - state.global_step):
-            self.say_hours(left_steps)
+        if len(self.seconds) == 3 and state.global_step < state.max_steps:
+            self.say_hours(state.global_step)
         if state.global_step % self.recipe.sample_steps == 0:
             say("    " + sample_text(samples[0]).replace("\n", "\n    "))
             draw_reward_curve(self.out, self.rules.maxima)
 
-    def say_hours(self, left: int) -> None:
+    def say_hours(self, step: int) -> None:
         """How long the run takes, once its steps have found their pace: the first of this process is the slowest."""
-        seconds = left * sum(self.seconds[1:]) / len(self.seconds[1:])
-        say(f"time        {duration(seconds)} for the {left} steps that are left")
+        seconds = self.seconds_left(step, last=2)
+        say(f"time        {duration(seconds)} for the {self.recipe.max_steps - step} steps that are left")
         if seconds > LONG and not on_mounted_folder(self.out):
             say(
                 f"            a Colab runtime may end before that, and its disk with it: put --output_dir on a mounted folder "

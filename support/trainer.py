@@ -1,4 +1,7 @@
-"""TRL's GRPOTrainer, faster, with the same gradient; resumed, with the settings of its recipe."""
+"""TRL's GRPOTrainer, faster, with the same gradient; it compares vLLM's log-probabilities with its own."""
+
+import sys
+from types import SimpleNamespace
 
 import torch
 from trl import GRPOTrainer
@@ -15,7 +18,59 @@ class Trainer(GRPOTrainer):
     into micro-batches of their own, and those are skipped. The others are put in the order of their lengths, and each
     micro-batch is cut to its longest prompt and answer. The sum of the gradients stays what it was (but with bnpo,
     which takes the mean over the tokens of whatever a micro-batch holds).
+
+    The log-probabilities that the loss computes anyway are compared with those that vLLM sampled the tokens with, and logged
+    under TRL's names for it: `sampling/sampling_logp_difference/mean` and `…/max`, absolute, over the tokens trained on.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sampled, self._computed = None, []
+        unsloth = vars(sys.modules[GRPOTrainer.__module__])  # its loss, which it writes into a file of its own
+        if loss := unsloth.get("UnslothEfficientGRPO"):
+
+            def apply(logps, *rest):  # rest: old, reference and sampled ones, output layer, tokens, mask, …
+                self._computed.append((logps.detach(), rest[5]))
+                return loss.apply(logps, *rest)
+
+            unsloth["UnslothEfficientGRPO"] = SimpleNamespace(apply=apply)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        result = super()._generate_single_turn(*args, **kwargs)
+        self._sampled = result[2]  # a list of log-probabilities an answer; None without vLLM
+        return result
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if self._sampled is not None:  # beside the tokens, wherever these go
+            sampled = torch.zeros(batch["completion_mask"].shape, device=batch["completion_mask"].device)
+            for row, logps in zip(sampled, self._sampled, strict=True):
+                row[: len(logps)] = torch.tensor(logps, device=row.device)
+            batch["sampled_logps"] = sampled
+        return batch
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if torch.is_grad_enabled() and found[0] is not None:  # TRL's own loss
+            self._computed.append((found[0].detach(), None))
+        return found
+
+    def _log_difference(self, inputs) -> None:
+        """Logs how far what the loss has just computed for `inputs` is from what vLLM sampled them with."""
+        computed, self._computed = self._computed, []
+        if not computed or inputs.get("sampled_logps") is None:
+            return
+        logps, mask = computed[-1]
+        kept = inputs["completion_mask"].bool()
+        ours = logps[
+            kept if mask is None else mask.bool()
+        ].float()  # unsloth's mask is of another width: same tokens in it
+        sampled = inputs["sampled_logps"][:, : kept.shape[1]][kept]
+        if ours.shape == sampled.shape and len(ours):
+            difference, metrics = (ours - sampled).abs(), self._metrics["train"]
+            metrics["sampling/sampling_logp_difference/mean"].append(difference.mean().item())
+            largest = metrics["sampling/sampling_logp_difference/max"]
+            largest[:] = [max([difference.max().item(), *largest])]  # TRL logs the mean of what is in the list
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -42,7 +97,9 @@ class Trainer(GRPOTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.beta == 0 and not inputs["advantages"].any():
             return 0 * sum(weights.sum() for weights in model.parameters() if weights.requires_grad)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._log_difference(inputs)
+        return loss
 
     def _inner_training_loop(self, batch_size=None, **kwargs):
         """A resumed run has the micro-batches of its recipe; transformers would take those of the checkpoint."""

@@ -10,7 +10,7 @@ from test_runs import EVALUATION, in_process, jsonl, one_line
 
 import infer
 import train_grpo
-from data import SYSTEM_PROMPT, load_questions, read_questions
+from data import SYSTEM_PROMPT, Columns, load_questions, read_questions
 from rewards import is_correct
 from support import asking
 from support.errors import UserError
@@ -62,7 +62,7 @@ def test_without_a_file_the_rules_are_ours():
 def test_a_file_of_one_function(write):
     """The text inside <answer> is right where it is the label, and any text is a label."""
     rules = load_rules(write(GOOD + TAIL))
-    assert rules.names == ["good"] and rules.maxima is None and rules.system_prompt is None
+    assert rules.names == ["good"] and rules.maxima == {} and rules.system_prompt is None
     assert rules.is_correct(answer(" 北京 "), "北京") and not rules.is_correct("北京", "北京")
     assert rules.check_label(" B ") == "B" and rules.check_label(3) == "3"
     for empty in ("", "  ", None, float("nan")):
@@ -150,15 +150,18 @@ def test_the_column_of_labels_is_the_one_that_check_label_takes(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "一", "answer_only": 1, "answer": "b"}\n' * 4)
     rules = load_rules("examples/multiple_choice.py")
     tokenizer = train_grpo.AutoTokenizer.from_pretrained("tiny")
-    found = load_questions(str(tmp_path / "q.jsonl"), "train", tokenizer, 512, check_label=rules.check_label)
+    found = load_questions(
+        str(tmp_path / "q.jsonl"), "train", tokenizer, 512, columns=Columns(check_label=rules.check_label)
+    )
     assert found["answer"][:] == ["B"] * 4
-    assert read_questions(str(tmp_path / "q.jsonl"), rules.check_label)[1] == ["B"] * 4
+    assert read_questions(str(tmp_path / "q.jsonl"), Columns(check_label=rules.check_label))[1] == ["B"] * 4
     assert read_questions(str(tmp_path / "q.jsonl"))[1] == [1] * 4
 
 
 def test_a_label_that_is_refused_in_a_file_to_ask_is_unknown(tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text('{"question": "一", "answer": "A"}\n{"question": "二", "answer": "E"}\n')
-    labels = read_questions(str(tmp_path / "q.jsonl"), load_rules("examples/multiple_choice.py").check_label)[1]
+    columns = Columns(check_label=load_rules("examples/multiple_choice.py").check_label)
+    labels = read_questions(str(tmp_path / "q.jsonl"), columns)[1]
     assert labels == ["A", None] and "none of A, B, C and D: taken as unknown" in capsys.readouterr().out
 
 
@@ -299,7 +302,7 @@ def choice_run(tmp_path_factory):
 def test_multiple_choice_is_trained(choice_run):
     out, said = choice_run
     assert "mine.py: correct_reward (at best 2), letter_reward (at best 0.5), tags_reward (at best 0.5)" in said
-    assert "questions   36 to train on, 4 held out" in said
+    assert "questions   33 to train on, 3 to develop on, 4 held out" in said
     assert " = correct_reward 0." in said and "; rewards: correct_reward 0, letter_reward " in said
     for line in jsonl(out / "metrics.jsonl"):
         parts = [line[f"rewards/{name}"] for name in ("correct_reward", "letter_reward", "tags_reward")]
@@ -330,7 +333,7 @@ def test_the_picture(choice_run):
     out, _ = choice_run
     draw_reward_curve(out, load_rules(str(out / "own_rewards.py")).maxima)
     assert (out / "reward_curve.png").read_bytes().startswith(b"\x89PNG")
-    draw_reward_curve(out)
+    draw_reward_curve(out, {})
 
 
 def test_infer_measures_with_the_copy(choice_run, monkeypatch, capsys, tmp_path):
@@ -442,7 +445,7 @@ def test_a_function_that_leaves_out_completions(write, monkeypatch, tmp_path):
     in_process(monkeypatch, "--rewards", mine, "--output_dir", out, "--max_steps", 1)
     (line,) = jsonl(out / "metrics.jsonl")
     assert line["rewards/half"] is None and line["reward"] == line["rewards/good"]
-    draw_reward_curve(out)
+    draw_reward_curve(out, {})
 
 
 def test_check_tries_the_functions(write, monkeypatch, tmp_path, capsys):

@@ -1,0 +1,121 @@
+"""What goes wrong while there is time: warnings with a way out, each once a run."""
+
+import math
+
+from transformers import TrainerCallback
+
+from support.screen import say
+from support.settings import Recipe
+from support.step_report import Report
+
+WINDOW = 20  # steps
+SKIPPED = 5  # steps in a row: float16's scale begins high, and a few of the first ones overflow
+
+
+def cut_off(before: dict, recipe: Recipe) -> str | None:
+    """More than a fifth of the answers before training do not end."""
+    if before["truncated"] > 0.2:
+        length = math.ceil(recipe.max_completion_length * 1.5 / 64) * 64
+        return (
+            f"{before['truncated']:.0%} of the answers before training are cut off at {recipe.max_completion_length} tokens and "
+            f"cannot be right: give --max_completion_length {length}, or ask for shorter ones in the system prompt"
+        )
+    return None
+
+
+def no_variance(metrics: list[dict], recipe: Recipe) -> str | None:
+    """In each of the last steps, most questions had answers that all earned the same, so that they taught nothing."""
+    last = metrics[-WINDOW:]
+    if len(last) < WINDOW or not all(line["frac_reward_zero_std"] > 0.5 for line in last):
+        return None
+    reward = sum(line["reward"] for line in last) / WINDOW
+    highest = max(line["reward"] for line in metrics)
+    way_out = (
+        "the policy answers most of these questions alike and well: stop here, or give harder questions"
+        if reward > 0.8 * highest
+        else f"give easier questions, --num_generations {2 * recipe.num_generations} or a higher --temperature"
+    )
+    return f"for {WINDOW} steps most groups of answers have earned the same and taught nothing: {way_out}"
+
+
+def reward_hacking(metrics: list[dict], development: list[dict], recipe: Recipe) -> str | None:
+    """The reward rises while fewer development questions are answered right: strictly, or with the number anywhere.
+
+    Fewer: the newest accuracy's 95 % interval lies below the highest one of before.
+    """
+    if len(development) < 2 or len(metrics) < 10:
+        return None
+    newest, half = development[-1], max(len(metrics) // 2, 5)
+    first, last = (sum(line["reward"] for line in part) / len(part) for part in (metrics[:5], metrics[-half:]))
+    for name in ("strict", "lenient"):
+        highest = max(development[:-1], key=lambda line: line[name])
+        if last > first and newest[f"{name}_high"] < highest[name]:
+            return (
+                f"the reward rises ({first:.2f} in the first steps, {last:.2f} in the last), and the {name} accuracy on the development "
+                f"questions has fallen from {highest[name]:.1%} (step {highest['step']}) to {newest[name]:.1%}: the rewards pay for "
+                f"something else than right answers. Look at samples.jsonl, change the rewards, or give --learning_rate {recipe.learning_rate / 2:g}"
+            )
+    return None
+
+
+def skipped(metrics: list[dict], recipe: Recipe) -> str | None:
+    """float16's loss scaler has left out several steps in a row, whose gradients overflowed."""
+    last = metrics[-SKIPPED:]
+    if len(last) < SKIPPED or any(math.isfinite(line["grad_norm"]) for line in last):
+        return None
+    way_out = "--dtype bfloat16 where the card has it, or " if recipe.dtype != "bfloat16" else ""
+    return (
+        f"the gradients of the last {SKIPPED} steps were not finite, and nothing was learned in them: give {way_out}"
+        f"--learning_rate {recipe.learning_rate / 2:g}"
+    )
+
+
+def lora_without_effect(model, text: str) -> str | None:
+    """vLLM gives the tokens of `text` the same log-probabilities with the LoRA as it is now and without it."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+
+    def chances(lora) -> list[float]:
+        output = model.vllm_engine.generate([text], sampling, lora_request=lora, use_tqdm=False)[0]
+        ids, logged = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
+        return [found[token].logprob for token, found in zip(ids, logged, strict=True)]
+
+    if chances(None) != chances(model.load_lora("watch", load_tensors=True)):
+        return None
+    return (
+        "the LoRA has been trained and changes nothing in vLLM, which goes on answering as the base model: stop here, give "
+        "--use_vllm false, and report it with check.json (--check)"
+    )
+
+
+class Watch(TrainerCallback):
+    """Says each of these once, after the step that shows it."""
+
+    def __init__(self, recipe: Recipe, report: Report):
+        self.recipe, self.report, self.said = recipe, report, set()
+        self.looked = False  # whether the LoRA arrives in vLLM
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        trained = (weights for name, weights in model.named_parameters() if ".lora_B." in name)
+        if not self.looked and hasattr(model, "vllm_engine") and any(weights.any() for weights in trained):
+            self.looked, rollout = True, self.report.rollout
+            prompt = processing_class.apply_chat_template(
+                rollout["prompts"][0], add_generation_prompt=True, tokenize=False
+            )
+            self.warn("LoRA", lora_without_effect(model, prompt + rollout["completions"][0][-1]["content"]))
+
+    def warn(self, name: str, sentence: str | None) -> None:
+        if sentence and name not in self.said:
+            self.said.add(name)
+            say(f"warning     {sentence}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" not in logs:
+            return
+        metrics = self.report.metrics
+        self.warn("no variance", no_variance(metrics, self.recipe))
+        self.warn("skipped", skipped(metrics, self.recipe))
+
+    def on_save(self, args, state, control, **kwargs):  # after the accuracy on the way
+        self.warn("hacking", reward_hacking(self.report.metrics, self.report.development, self.recipe))

@@ -1,0 +1,58 @@
+"""The log-probabilities that vLLM sampled with are compared with the trainer's, token by token, whatever order these are in."""
+
+import random
+
+import pytest
+import torch
+from test_runs import in_process, jsonl
+
+from support.trainer import Trainer
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """As with vLLM, generation also returns the log-probability of each token: the model's own, and `off` for the longest answer."""
+
+    def with_logps(off=0.0):
+        generate = Trainer.__mro__[1]._generate_single_turn
+
+        def generate_single_turn(self, prompts, *rest):
+            prompt_ids, completion_ids, _, *others = generate(self, prompts, *rest)
+            logged = []
+            for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+                with torch.no_grad():
+                    logits = self.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+                chances = (logits / self.temperature).log_softmax(dim=-1)
+                logged.append(chances.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist())
+            longest = max(range(len(logged)), key=lambda i: (len(logged[i]), i))
+            logged[longest][random.randrange(len(logged[longest]))] += off
+            return prompt_ids, completion_ids, logged, *others
+
+        monkeypatch.setattr(Trainer.__mro__[1], "_generate_single_turn", generate_single_turn)
+
+    return with_logps
+
+
+NAME = "sampling/sampling_logp_difference/"
+
+
+def test_the_same_policy_has_the_same_log_probabilities(vllm, monkeypatch, tmp_path):
+    vllm()
+    in_process(monkeypatch, "--max_steps", 3, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path)
+    for line in jsonl(tmp_path / "metrics.jsonl"):
+        assert line[f"{NAME}mean"] <= line[f"{NAME}max"] < 1e-4
+
+
+def test_one_token_that_differs_is_seen(vllm, monkeypatch, tmp_path):
+    vllm(off=0.5)
+    # a KL term, so that no answer is left out
+    settings = ["--max_steps", 1, "--beta", 0.01, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path]
+    in_process(monkeypatch, *settings)
+    (line,) = jsonl(tmp_path / "metrics.jsonl")
+    assert line[f"{NAME}max"] == pytest.approx(0.5, abs=1e-4)
+    assert 0 < line[f"{NAME}mean"] < 0.05
+
+
+def test_without_vllm_there_is_nothing_to_compare(monkeypatch, tmp_path):
+    in_process(monkeypatch, "--max_steps", 1, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path)
+    assert not any(name.startswith(NAME) for name in jsonl(tmp_path / "metrics.jsonl")[0])

@@ -1,0 +1,104 @@
+"""Warnings: each fires where it should, once, and not before."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from test_best import figures
+from test_runs import in_process
+
+from support.settings import Recipe
+from support.watch import Watch, cut_off, lora_without_effect, no_variance, reward_hacking, skipped
+
+
+def steps(rewards, same=0.2, norm=1.0):
+    return [
+        {"step": i, "reward": r, "frac_reward_zero_std": same, "grad_norm": norm}
+        for i, r in enumerate(rewards, start=1)
+    ]
+
+
+def test_answers_that_are_cut_off():
+    assert cut_off({"truncated": 0.2}, Recipe()) is None
+    sentence = cut_off({"truncated": 0.44}, Recipe())
+    assert sentence.startswith("44% of the answers") and "--max_completion_length 384" in sentence
+
+
+def test_groups_without_variance():
+    assert no_variance(steps([1.0] * 19, same=0.9), Recipe()) is None
+    assert no_variance(steps([1.0] * 25, same=0.5), Recipe()) is None
+    learned = no_variance(steps([1.0, 2.0, *[3.9] * 20], same=0.6), Recipe())
+    assert "stop here, or give harder questions" in learned
+    stuck = no_variance(steps([2.0, *[0.5] * 20], same=0.6), Recipe())
+    assert "--num_generations 12" in stuck and "easier questions" in stuck
+
+
+def test_a_reward_that_rises_while_right_answers_are_lost():
+    # README's last row: strict accuracy rises from 0.2 to 2.5 %, but the number is right anywhere in 2.5 % instead of 9.8
+    rising = steps([0.5 + i / 50 for i in range(60)])
+    fell = [
+        {"step": 0, **figures(0.10, 0.40)},
+        {"step": 20, **figures(0.20, 0.40)},
+        {"step": 40, **figures(0.25, 0.25)},
+    ]
+    sentence = reward_hacking(rising, fell, Recipe())
+    assert "lenient accuracy on the development questions has fallen from 40.0% (step 0) to 25.0%" in sentence
+    assert "--learning_rate 1e-05" in sentence
+    assert reward_hacking(rising, fell[:2], Recipe()) is None
+    assert reward_hacking(steps([2.0 - i / 50 for i in range(60)]), fell, Recipe()) is None  # it falls as well
+    within = [{"step": 0, **figures(0.30)}, {"step": 20, **figures(0.25)}]  # the interval reaches to 35 %
+    assert reward_hacking(rising, within, Recipe()) is None
+    strict = reward_hacking(rising, [{"step": 20, **figures(0.5)}, {"step": 40, **figures(0.3)}], Recipe())
+    assert "strict accuracy" in strict
+
+
+def test_steps_that_the_loss_scaler_leaves_out():
+    assert skipped(steps([1.0] * 4, norm=float("inf")), Recipe()) is None
+    assert "--dtype bfloat16" in skipped(steps([1.0] * 5, norm=float("nan")), Recipe())
+    assert skipped([*steps([1.0] * 4, norm=float("inf")), *steps([1.0])], Recipe()) is None
+
+
+def test_each_is_said_once(capsys):
+    watch = Watch(Recipe(), report=None)
+    for sentence in (None, "a", "b"):
+        watch.warn("name", sentence)
+    assert capsys.readouterr().out == "warning     a\n"
+
+
+def test_a_run_says_them(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("support.watch.WINDOW", 3)
+    settings = ["--max_steps", 4, "--max_completion_length", 4, "--temperature", 0.01, "--output_dir", tmp_path]
+    in_process(monkeypatch, *settings)
+    printed = capsys.readouterr().out
+    assert printed.count("warning     100% of the answers before training are cut off at 4 tokens") == 1
+    assert printed.count("warning     for 3 steps most groups of answers have earned the same") == 1
+    assert printed.index("cut off at 4 tokens") < printed.index("step   1")
+
+
+@pytest.mark.parametrize("warned", [True, False])
+def test_hacking_is_looked_for_after_each_evaluation(monkeypatch, warned, capsys):
+    class report:
+        metrics = steps([0.5 + i / 50 for i in range(60)])
+        development = [{"step": 20, **figures(0.5)}, {"step": 40, **figures(0.3 if warned else 0.6)}]
+
+    Watch(Recipe(), report).on_save(None, None, None)
+    assert ("warning     the reward rises" in capsys.readouterr().out) == warned
+
+
+class Engine:
+    """Stands in for vLLM: it answers with one log-probability for each token, and adds the LoRA's to it."""
+
+    def __init__(self, effect):
+        self.effect = effect
+
+    def generate(self, texts, sampling, lora_request, use_tqdm):
+        effect = self.effect if lora_request else 0.0
+        logged = [None, *({i: SimpleNamespace(logprob=-i + effect)} for i in range(2, 5))]
+        return [SimpleNamespace(prompt_token_ids=[1, 2, 3, 4], prompt_logprobs=logged)]
+
+
+@pytest.mark.parametrize("effect", [0.0, 1e-6])
+def test_a_lora_that_does_not_arrive_in_vllm(monkeypatch, effect):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **kwargs: kwargs))
+    model = SimpleNamespace(vllm_engine=Engine(effect), load_lora=lambda name, load_tensors: "lora")
+    assert (lora_without_effect(model, "text") is None) == bool(effect)
