@@ -416,11 +416,10 @@ def test_a_function_that_fails_on_the_way_leaves_a_checkpoint_and_may_be_mended(
 
 
 def test_an_evaluation_that_fails_after_training_is_made_again(write, monkeypatch, tmp_path):
-    out, calls = (
-        tmp_path / "out",
-        "calls = []\ndef is_correct(text, label):\n    calls.append(1)\n    return bool(1 / {})\n",
-    )
-    run = ["--output_dir", out, "--max_steps", 1, "--rewards", write(GOOD + TAIL + calls.format("(len(calls) <= 20)"))]
+    out = tmp_path / "out"
+    calls = "calls = []\ndef is_correct(text, label):\n    calls.append(1)\n    return bool(1 / {})\n"
+    mine = write(GOOD + TAIL + calls.format("(len(calls) <= 20)"))  # 10 questions, for two accuracies
+    run = ["--output_dir", out, "--max_steps", 1, "--dev_samples", 0, "--rewards", mine]
     with pytest.raises(UserError, match="in is_correct: ZeroDivisionError.*The checkpoint of step 1 is in .*Mend it"):
         in_process(monkeypatch, *run)
     write(GOOD + TAIL + calls.format("1"))
