@@ -78,7 +78,7 @@ from support.engine import engine_arguments, generation, own_lora_folder, start_
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.places import SCRIPTS, find_model
-from support.resuming import TABLE, checkpoints, find_start, hold, step_of
+from support.resuming import TABLE, check_present, checkpoints, find_start, hold, step_of
 from support.rules import Rules, load_rules
 from support.schedule import schedule_arguments
 from support.screen import doing, say
@@ -319,6 +319,7 @@ def run(recipe: Recipe) -> None:
         saving.leave_if_stopped()
 
         # adapter/ is the policy that was best on the way; the evaluation after is of it, as it was saved.
+        check_present(out)
         last, best = checkpoints(out)[0], development.best() or checkpoints(out)[0]
         evaluations = {"before": before}
         doing("answering", f"{len(test)} held-out questions")

@@ -51,7 +51,7 @@ class Development(TrainerCallback):
             self.questions,
             self.recipe.max_completion_length,
             adapter,
-            self.report.rules,
+            rules=self.report.rules,
         )
         self.report.write_development(step, figures, time.perf_counter() - start)
 

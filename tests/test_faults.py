@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_runs import SHORT, TINY, in_process, jsonl, one_line
 
+import support.best
 import support.evaluation
 import support.step_report
 import train_grpo
@@ -134,7 +135,7 @@ def test_a_folder_that_goes_away_in_the_last_evaluation(monkeypatch, tmp_path, c
     monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "stopping.py"))
     monkeypatch.setattr(support.evaluation, "generate", unmount_and_generate)
     with pytest.raises(UserError, match="cannot write to .* any more .*checkpoint of step 2 .*Continue with: "):
-        in_process(monkeypatch, "--max_steps", 2, "--output_dir", out)
+        in_process(monkeypatch, "--max_steps", 2, "--dev_samples", 0, "--output_dir", out)
     assert "\nafter " in capsys.readouterr().out  # what took hours is at least said
     monkeypatch.undo()
     (rescued,) = tmp_path.glob("rescued-*")
@@ -197,10 +198,51 @@ def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, wo
     monkeypatch.setattr(support.evaluation, "generate", interrupted)
     before = signal.getsignal(signum)
     with pytest.raises(SystemExit) as end:
-        in_process(monkeypatch, "--max_steps", 2, "--output_dir", tmp_path / "out")
+        in_process(monkeypatch, "--max_steps", 2, "--dev_samples", 0, "--output_dir", tmp_path / "out")
     assert end.value.code == 128 + signum
     assert words in capsys.readouterr().out
     assert signal.getsignal(signum) == before
+
+
+def test_a_signal_in_an_evaluation_on_the_way(monkeypatch, tmp_path, capsys):
+    """It ends the run behind it, with no further step."""
+    measure = support.best.measure
+
+    def interrupted(*arguments, rules):
+        if arguments[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments, rules=rules)
+
+    monkeypatch.setattr(support.best, "measure", interrupted)
+    settings = ["--max_steps", 6, "--eval_steps", 2, "--dev_samples", 5, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit) as end:
+        in_process(monkeypatch, *settings)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "stopped after step 2; the checkpoint is in" in capsys.readouterr().out
+    monkeypatch.undo()
+    in_process(monkeypatch, *settings, "--resume")
+    lines = (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4, 6]
+
+
+def test_a_folder_that_goes_away_in_an_evaluation_on_the_way(monkeypatch, tmp_path):
+    out, measure = tmp_path / "drive" / "out", support.best.measure
+
+    def unmount_and_measure(*arguments, rules):
+        if arguments[-1]:
+            out.parent.rename(tmp_path / "gone")
+        return measure(*arguments, rules=rules)
+
+    monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "stopping.py"))
+    monkeypatch.setattr(support.best, "measure", unmount_and_measure)
+    with pytest.raises(UserError, match="cannot write to .* any more .*checkpoint of step 2 .*Continue with: "):
+        in_process(monkeypatch, "--max_steps", 4, "--eval_steps", 2, "--output_dir", out)
+    monkeypatch.undo()
+    (rescued,) = tmp_path.glob("rescued-*")
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--config", str(rescued / "recipe.yaml"), "--resume"])
+    train_grpo.main()
+    lines = (rescued / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4]
 
 
 def test_a_second_signal_does_not_wait(monkeypatch, tmp_path, capsys):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 import train_grpo
 from data import load_questions
+from support.best import hold_out
 from support.errors import UserError
 from support.resuming import (
     checkpoints,
@@ -358,6 +359,7 @@ def test_other_prompts_a_step_go_on_with_the_questions_not_used_yet(half, monkey
     recipe = load_recipe(half / "recipe.yaml")
     tokenizer = AutoTokenizer.from_pretrained("tiny")
     train = load_questions(recipe.dataset, "train", tokenizer, recipe.max_prompt_length, recipe.system_prompt)
+    train, _ = hold_out(train, recipe)
     order = train.shuffle(seed=recipe.seed)["prompt"][: 9 * 2 + 2 * 3 + 3 * 1]
     assert questions == [prompt[-1]["content"] for prompt in order]
     newest = json.loads((half / "checkpoint-14" / "complete.json").read_text())

@@ -82,7 +82,7 @@ def test_what_is_said(short_run):
     _, text = short_run
     assert "2 prompts × 4 answers = 8 completions, in micro-batches of 4" in text
     assert "3 steps = 24 completions" in text
-    assert "questions   2000 to train on, 10 held out" in text
+    assert "questions   1872 to train on, 128 to develop on, 10 held out" in text
     for step in (1, 2, 3):
         assert f"step   {step}  reward " in text
     assert text.count("question: ") == 1 and "expected: " in text  # one sample, at step 2
@@ -98,7 +98,7 @@ def test_the_screen_is_the_recipes_own(short_run):
     assert first <= 15
     assert f"log         {out}/libraries.log has what the libraries say; --verbose shows it here" in lines[:first]
     assert (out / "libraries.log").exists() and "tokenizer" not in text
-    known = "importing machine numbers step run log reading questions loading answering strict before training after The expected"
+    known = "importing machine numbers step run log reading questions loading answering strict before accuracy training after last The expected"
     ours = [line for line in lines if not line.startswith("    ") or line.startswith("         strict")]
     assert {line.split()[0] for line in ours} <= {*known.split(), "10"}
 
@@ -142,7 +142,7 @@ def test_the_recipe_that_is_written_is_the_one_that_was_used(short_run):
 def test_eval_json(short_run):
     out, _ = short_run
     evaluations = json.loads((out / "eval.json").read_text())
-    assert set(evaluations) == {"before", "after", "generation", "gpu", "seconds", "versions"}
+    assert set(evaluations) == {"before", "after", "best_step", "generation", "gpu", "revisions", "seconds", "versions"}
     assert evaluations["generation"] == {"engine": "transformers"}
     assert set(evaluations["before"]) == set(evaluations["after"]) > EVALUATION
     assert evaluations["before"]["n"] == 10
