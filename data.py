@@ -38,26 +38,6 @@ QUESTION_COLUMN, ANSWER_COLUMN = QUESTION_COLUMNS[0], ANSWER_COLUMNS[0]
 NOT_UTF8 = "[\ud800-\udfff]"  # what stands for bytes that are no text, see tables.decode
 
 
-class Columns(NamedTuple):
-    """The names that the column of questions and that of labels may have, the first that can serve."""
-
-    questions: list[str] = QUESTION_COLUMNS
-    labels: list[str] = ANSWER_COLUMNS
-
-    @property
-    def known(self) -> set[str]:
-        return set(map(plain, self.questions))
-
-
-USUAL = Columns()
-
-
-def columns_named(question: str, answer: str, others: bool = False) -> Columns:
-    """The columns of these names only, or, with `others`, rather than of the usual ones; an empty name: the usual ones."""
-    names = ((question, QUESTION_COLUMNS), (answer, ANSWER_COLUMNS))
-    return Columns(*([name, *(usual if others else [])] if name else usual for name, usual in names))
-
-
 # The form that rewards.py scores, newline by newline.
 SYSTEM_PROMPT = """请按照如下格式回答：
 <reasoning>
@@ -99,6 +79,54 @@ def read_label(value) -> Decimal | None:
     return number if number is not None and number.adjusted() < 300 else None
 
 
+def number_label(value) -> str:
+    """A label as it is kept: a number, in digits. Raises ValueError, with what is wrong, where it is none."""
+    number = read_label(value)
+    if number is None:
+        raise ValueError("which is not one number")
+    return f"{number:f}"
+
+
+def kept_labels(labels: list, check_label: Callable[[object], str]) -> tuple[list[str | None], str]:
+    """`labels` as `check_label` keeps them, None for those that it refuses, and why it refused the first."""
+    kept, reason = [], ""
+    for label in labels:
+        try:
+            kept.append(check_label(label))
+        except ValueError as error:
+            kept.append(None)
+            reason = reason or str(error)
+    return kept, reason
+
+
+class Columns(NamedTuple):
+    """The names that the column of questions and that of labels may have, the first that can serve.
+
+    `check_label` makes a label, as it is kept, of what is in its column; ValueError, with what is wrong, where it is none.
+    """
+
+    questions: list[str] = QUESTION_COLUMNS
+    labels: list[str] = ANSWER_COLUMNS
+    check_label: Callable[[object], str] = number_label
+
+    @property
+    def known(self) -> set[str]:
+        return set(map(plain, self.questions))
+
+    def is_label(self, value) -> bool:
+        return kept_labels([value], self.check_label)[0] != [None]
+
+
+USUAL = Columns()
+
+
+def columns_named(question: str, answer: str, check_label: Callable = number_label, others: bool = False) -> Columns:
+    """The columns of these names only, or, with `others`, rather than of the usual ones; an empty name: the usual ones."""
+    names = ((question, QUESTION_COLUMNS), (answer, ANSWER_COLUMNS))
+    found = ([name, *(usual if others else [])] if name else usual for name, usual in names)
+    return Columns(*found, check_label)
+
+
 # --- questions ---------------------------------------------------------------------------------------
 
 
@@ -120,12 +148,10 @@ def load_questions(
     say_columns(table, [question_column, answer_column], dataset)
     check_questions(table, question_column)
     questions, labels = table.columns[question_column], table.columns[answer_column]
-    answers = [read_label(label) for label in labels]
+    answers, reason = kept_labels(labels, columns.check_label)
     bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None}
     if bad:
-        raise UserError(
-            f"{table.describe(bad, answer_column, 'which is not one number')}: correct or remove such rows."
-        )
+        raise UserError(f"{table.describe(bad, answer_column, reason)}: correct or remove such rows.")
     tokens = control_tokens(tokenizer)
     bad = {row: token for row, question in enumerate(questions) for token in tokens if token in question}
     if bad:
@@ -146,13 +172,14 @@ def load_questions(
         say(
             f"{split}: dropped {len(prompts) - len(fitting)} of {len(prompts)} questions, longer than {max_prompt_length} tokens"
         )
-    return Dataset.from_dict(
-        {"prompt": [prompts[row] for row in fitting], "answer": [f"{answers[row]:f}" for row in fitting]}
-    )
+    return Dataset.from_dict({"prompt": [prompts[row] for row in fitting], "answer": [answers[row] for row in fitting]})
 
 
 def read_questions(file: str, columns: Columns = USUAL) -> tuple[list[str], list]:
-    """The questions of a file and their answers as numbers, None where there is none; a label that is not one counts as none."""
+    """The questions of a file and their answers, None where there is none.
+
+    A label that `columns.check_label` refuses counts as none. Answers are numbers with number_label, and else text.
+    """
     if (kind := kind_of(file)) != "file":
         raise UserError(f"{file} is {kind}, and no file." if kind else f"there is no file {shown(file, 200)}.")
     table = read_table(Path(file), columns.known)
@@ -163,24 +190,22 @@ def read_questions(file: str, columns: Columns = USUAL) -> tuple[list[str], list
     questions, answers = table.columns[question_column], [None] * len(table)
     used = [question_column]
     if any(plain(name) in table.columns for name in columns.labels):
-        answer_column = find_column(table, columns.labels, file, is_label)
+        answer_column = find_column(table, columns.labels, file, columns.is_label)
         used.append(answer_column)
         labels = table.columns[answer_column]
-        answers = [read_label(label) for label in labels]
+        answers, reason = kept_labels(labels, columns.check_label)
         bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None and labels[row] is not None}
         if bad:  # asking needs no labels
-            say(f"labels      {table.describe(bad, answer_column, 'which is not one number')}: taken as unknown")
+            say(f"labels      {table.describe(bad, answer_column, reason)}: taken as unknown")
     say_columns(table, used, file)
-    whole = [None if n is None else int(n) if n == n.to_integral_value() else float(n) for n in answers]
-    return questions, whole
+    if columns.check_label is number_label:
+        numbers = [None if answer is None else Decimal(answer) for answer in answers]
+        answers = [n if n is None else int(n) if n == n.to_integral_value() else float(n) for n in numbers]
+    return questions, answers
 
 
 def is_question(value) -> bool:
     return isinstance(value, str) and any(map(str.isalnum, value))
-
-
-def is_label(value) -> bool:
-    return read_label(value) is not None
 
 
 def check_questions(table: Table, column: str, word: str = "row") -> None:
@@ -260,7 +285,7 @@ def load_rows(dataset: str, split: str, columns: Columns) -> tuple[Table, str, s
         raise UserError(f"{dataset} has no questions in its split {split}{held_out}.")
     whole = join(list(tables.values()))
     question_column = find_column(whole, columns.questions, dataset, is_question)
-    return table, question_column, find_column(whole, columns.labels, dataset, is_label)
+    return table, question_column, find_column(whole, columns.labels, dataset, columns.is_label)
 
 
 def splits_of(dataset: str, columns: Columns) -> dict[str, Callable[[], Table]]:
@@ -307,7 +332,7 @@ def read_files(files: list[Path], columns: Columns) -> Table:
             say_once(f"passed over {file}: it has no column of questions", about=str(file))
             del tables[file]
     tables = list(tables.values())
-    for names, can_serve in ((columns.questions, is_question), (columns.labels, is_label)):
+    for names, can_serve in ((columns.questions, is_question), (columns.labels, columns.is_label)):
         known = [set(map(plain, names)) & table.columns.keys() for table in tables]
         if all(known) and not set.intersection(*known):  # each file has a name of its own for them
             for table in tables:

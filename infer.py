@@ -32,21 +32,30 @@ from pathlib import Path
 import torch
 
 from data import columns_named, control_tokens, load_questions, read_questions, to_prompt, train_and_test_splits
-from rewards import REWARD_FUNCS
 from support.adapters import add_adapter, check_adapter, recipe_of
-from support.asking import StreamedAnswer, parse_arguments, resume_output, show, to_record
+from support.asking import StreamedAnswer, as_messages, parse_arguments, resume_output, show, to_record
 from support.engine import adapter_name
 from support.errors import UserError, run_script
 from support.evaluation import Completion, evaluate, evaluation_table, generate, is_majority_right, mcnemar
+from support.rules import Rules, load_rules
 from support.screen import doing, note, say
 from support.settings import load_recipe
+from support.step_report import shown
 
 
 def main() -> None:
     args = parse_arguments(__doc__)
     # Files are read before the model is loaded, which takes a minute or more on a GPU.
     recipe, base = recipe_of(args.adapter) if args.adapter else (load_recipe(), None)
-    columns = columns_named(recipe.question_column, recipe.answer_column, others=True)
+    rules = load_rules(recipe.rewards)
+    if rules.file:
+        note(f"note: rewards and right answers are those of {rules.file}")
+    if args.expected is not None:
+        try:
+            args.expected = rules.check_label(args.expected)
+        except ValueError as error:
+            raise UserError(f"--expected is {args.expected}, {error}.") from None
+    columns = columns_named(recipe.question_column, recipe.answer_column, rules.check_label, others=True)
     questions, labels = read_questions(args.input, columns) if args.input else ([], [])
     questions, labels = questions[: args.limit], labels[: args.limit]
     if base and args.model and args.model != base:
@@ -73,6 +82,8 @@ def main() -> None:
         "scored": args.rewards,
         "prompt_sha256": hashlib.sha256(recipe.system_prompt.encode()).hexdigest()[:12],
     }
+    if rules.file:
+        settings["rewards_sha256"] = rules.digest[:12]
     if args.adapter:
         check_adapter(args.adapter, recipe.model)
         settings["adapter_sha256"] = adapter_name(args.adapter)[0][:12]  # trained anew, it is another one
@@ -130,10 +141,10 @@ def main() -> None:
                 streamed = StreamedAnswer()
                 answers[name] = answer([prompt], adapter, on_text=streamed.write)
                 streamed.write("", end=True)
-        show(answers, args)
+        show(answers, args, prompt, rules)
 
     if args.eval:
-        return measure(args, recipe, tokenizer, policies, answer)
+        return measure(args, recipe, rules, tokenizer, policies, answer)
     if args.input:
         prompts = [to_prompt(question, recipe.system_prompt) for question in questions]
         for number, prompt in enumerate(prompts, start=1):
@@ -145,12 +156,13 @@ def main() -> None:
             records = [
                 to_record(
                     start + i,
-                    question,
+                    prompt,
                     labels[start + i],
                     completions[i * args.samples : (i + 1) * args.samples],
                     args.rewards,
+                    rules,
                 )
-                for i, question in enumerate(questions[start : start + batch])
+                for i, prompt in enumerate(prompts[start : start + batch])
             ]
             try:
                 with args.output.open("a", encoding="utf-8") as file:
@@ -189,12 +201,12 @@ def main() -> None:
                 ask(line.strip())
 
 
-def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
+def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Callable) -> None:
     """--eval: prints the figures of each policy, and writes them to --json."""
     is_file = Path(args.eval).is_file()
     dataset = args.eval if is_file else recipe.dataset
     other = is_file or args.dataset is not None  # not the recipe's: its columns may have the usual names
-    columns = columns_named(recipe.question_column, recipe.answer_column, others=other)
+    columns = columns_named(recipe.question_column, recipe.answer_column, rules.check_label, others=other)
     train_split, test_split = train_and_test_splits(dataset, columns)
     if is_file:  # all of it, or, where a column marks some rows as held out, these
         split = "train" if "%" in test_split else test_split
@@ -211,22 +223,23 @@ def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
     results, right = {}, {}
     for name, adapter in policies.items():
         completions = answer(questions["prompt"][:], adapter)
-        results[name] = evaluate(completions, labels, args.samples)
+        results[name] = evaluate(completions, labels, args.samples, rules)
         texts = [completion.text for completion in completions]
         right[name] = [
-            is_majority_right(texts[i * args.samples : (i + 1) * args.samples], label) for i, label in enumerate(labels)
+            is_majority_right(texts[i * args.samples : (i + 1) * args.samples], label, rules)
+            for i, label in enumerate(labels)
         ]
         if args.rewards:
-            repeated = [label for label in labels for _ in range(args.samples)]
-            results[name]["rewards"] = {
-                f.__name__: sum(f(completions=texts, answer=repeated)) / len(texts) for f in REWARD_FUNCS
-            }
+            given = {"prompts": questions["prompt"][:], "answer": labels}
+            given = {key: [value for value in values for _ in range(args.samples)] for key, values in given.items()}
+            given["completions"] = as_messages(texts)
+            results[name]["rewards"] = {f.__name__: mean_reward(f(**given)) for f in rules.funcs}
     how = f"{args.samples} samples each" if args.samples > 1 else "one answer each"
     say(f"{len(labels)} questions of {dataset} ({args.eval}), {how}")
     say(evaluation_table(results))
     for name, result in results.items():
         if args.rewards:
-            say(f"{name:8}" + "  ".join(f"{key} {value:.3f}" for key, value in result["rewards"].items()))
+            say(f"{name:8}" + "  ".join(f"{key} {shown(value, '.3f')}" for key, value in result["rewards"].items()))
     if args.compare:
         test = mcnemar(right["base"], right["adapter"])
         say(
@@ -240,6 +253,12 @@ def measure(args, recipe, tokenizer, policies: dict, answer: Callable) -> None:
             args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write to {args.json}: {error.strerror}.") from error
+
+
+def mean_reward(rewards: list) -> float | None:
+    """Over the completions that a function gives a reward, as TRL's; None without any."""
+    known = [reward for reward in rewards if reward is not None]
+    return sum(known) / len(known) if known else None
 
 
 def export(adapter: Path, recipe, out: Path, gguf: bool) -> None:

@@ -18,7 +18,7 @@ The order is: settings, preflight, data, model, rewards, evaluation, training, e
 number of a run and its default (support/settings.py, recipes/*.yaml), checks and the memory estimate (preflight.py,
 memory.py), what --check tries (check.py), what is printed and written for each step (step_report.py), schedules of the learning rate (schedule.py), going
 on after an interruption (stopping.py, resuming.py), how answers are measured (evaluation.py; when: `run`, below), files of
-questions (data.py, tables.py).
+questions (data.py, tables.py), rewards of your own (rules.py, examples/).
 """
 
 from support import screen  # before what prints, as every library below does
@@ -71,15 +71,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from trl import GRPOConfig
 
 from data import columns_named, load_questions, revision_of, train_and_test_splits
-from rewards import REWARD_FUNCS
 from support.best import Development, hold_out, keep_adapter
-from support.check import Check
+from support.check import Check, trial
 from support.divergence import DivergenceCheck
 from support.engine import engine_arguments, generation, own_lora_folder, start_again
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.places import SCRIPTS, find_model
 from support.resuming import TABLE, check_present, checkpoints, find_start, hold, step_of
+from support.rules import Rules, load_rules
 from support.schedule import schedule_arguments
 from support.screen import doing, say
 from support.settings import Recipe, parse_recipe
@@ -248,10 +248,10 @@ def read_model(recipe: Recipe):
     return model_config, prepare_tokenizer(tokenizer, recipe.model)
 
 
-def read_questions(recipe: Recipe, tokenizer):
+def read_questions(recipe: Recipe, tokenizer, rules: Rules):
     """The questions to train on, those to develop on, and the first `eval_samples` of those that are held out."""
     doing("reading", recipe.dataset)
-    columns = columns_named(recipe.question_column, recipe.answer_column)
+    columns = columns_named(recipe.question_column, recipe.answer_column, rules.check_label)
     splits = train_and_test_splits(recipe.dataset, columns)
     length, system_prompt = recipe.max_prompt_length, recipe.system_prompt
     train, test = (load_questions(recipe.dataset, s, tokenizer, length, system_prompt, columns=columns) for s in splits)
@@ -263,31 +263,33 @@ def read_questions(recipe: Recipe, tokenizer):
 
 def run(recipe: Recipe) -> None:
     clock, out = time.perf_counter(), Path(recipe.output_dir)
-    start = find_start(recipe)  # a checkpoint of an earlier run, or step 1
+    rules = load_rules(recipe.rewards)  # ours, or the user's
+    start = find_start(recipe, rules)  # a checkpoint of an earlier run, or step 1
     if start.complete:
         return say(evaluation_table(start.evaluations))
 
     # Preflight: all that can be known before anything slow.
     model_config, tokenizer = read_model(recipe)
     preflight(recipe, model_config)
+    rules.say()
     config = training_arguments(recipe)
     start.lock = start.lock or hold(out)  # one run at a time
     screen.log_to(out)
 
     # Data and model.
-    train, dev, test = read_questions(recipe, tokenizer)
+    train, dev, test = read_questions(recipe, tokenizer, rules)
     model, tokenizer = load_policy(recipe)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
     rollout = {}  # a step's answers and rewards: `recording` puts them here, and the report writes them to samples.jsonl
     trainer = Trainer(
         model=model,
-        reward_funcs=[recording(func, rollout) for func in REWARD_FUNCS],
+        reward_funcs=[recording(func, rollout, rules) for func in rules.funcs],
         args=config,
         train_dataset=training_questions(train, recipe, start.step, start.used),
         processing_class=tokenizer,
     )
-    report = Report(recipe, start, len(train), rollout)
+    report = Report(recipe, start, len(train), rollout, rules)
     report.evaluations["generation"] = generation(recipe, model)
     report.evaluations["revisions"] = {"model": commit_of(model_config), "dataset": revision_of(recipe.dataset)}
     saving = Saving(recipe, trainer, report)
@@ -302,7 +304,7 @@ def run(recipe: Recipe) -> None:
         before = start.evaluation_before(len(test))
         if not before:
             doing("answering", f"{len(test)} held-out questions")
-            before = measure(trainer.model, tokenizer, test, recipe.max_completion_length)
+            before = measure(trainer.model, tokenizer, test, recipe.max_completion_length, rules=rules)
         say(evaluation_table({"before": before}))
         report.evaluations["before"] = before
         watch.warn("cut off", cut_off(before, recipe))
@@ -321,13 +323,14 @@ def run(recipe: Recipe) -> None:
         last, best = checkpoints(out)[0], development.best() or checkpoints(out)[0]
         evaluations = {"before": before}
         doing("answering", f"{len(test)} held-out questions")
+        length = recipe.max_completion_length
         if best != last:
-            evaluations["last"] = measure(trainer.model, tokenizer, test, recipe.max_completion_length, adapter=last)
+            evaluations["last"] = measure(trainer.model, tokenizer, test, length, last, rules)
             if not recipe.use_vllm:  # which reads the LoRA from the folder that `measure` is given
                 trainer._load_from_checkpoint(str(best))
         keep_adapter(best, out)
         tokenizer.save_pretrained(out / "adapter")
-        evaluations["after"] = measure(trainer.model, tokenizer, test, recipe.max_completion_length, out / "adapter")
+        evaluations["after"] = measure(trainer.model, tokenizer, test, length, out / "adapter", rules)
         steps = f"after: step {step_of(best)}" + (f", the best on the way; last: step {step_of(last)}" * (best != last))
         say(f"{len(test)} held-out questions, greedy, same prompt and parser; {steps}")
         say(evaluation_table({name: evaluations[name] for name in TABLE if name in evaluations}))
@@ -345,11 +348,13 @@ def run(recipe: Recipe) -> None:
 def check(recipe: Recipe) -> None:
     """--check: tries all that a run of `recipe` needs, one step included, and says what holds; output_dir gets check.json."""
     recipe = replace(recipe, report_to="none", resume="")
+    rules = load_rules(recipe.rewards)
     with Check(recipe) as checking:
         checking.packages()
         checking.begin("preflight", recipe.model)
         model_config, tokenizer = read_model(recipe)
         preflight(recipe, model_config)
+        rules.say()
         config = training_arguments(replace(recipe, max_steps=1))
         config.save_strategy = "no"
         lock = hold(Path(recipe.output_dir))  # noqa: F841  as long as it is open, no run begins beside this
@@ -361,15 +366,14 @@ def check(recipe: Recipe) -> None:
             checking.four_bit_product(model_config)
 
         checking.begin("questions", recipe.dataset)
-        train, _, _ = read_questions(recipe, tokenizer)
+        train, _, _ = read_questions(recipe, tokenizer, rules)
         checking.begin("loading", recipe.model)
         start = time.perf_counter()
         model, tokenizer = load_policy(recipe)
         checking.engine(model, time.perf_counter() - start)
         trainer = Trainer(
             model=model,
-            # the second of two answers beats the first, so that every group has a variance and all are trained on
-            reward_funcs=[lambda completions, **_: [float(i % 2) for i in range(len(completions))]],
+            reward_funcs=[trial(rules)],
             args=config,
             train_dataset=training_questions(train, replace(recipe, max_steps=1)),
             processing_class=tokenizer,

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -12,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rewards import REWARD_FUNCS, label_number
 from support import screen
 from support.errors import UserError, fail
-from support.evaluation import is_majority_right, majority, vote
+from support.evaluation import is_majority_right, majority
+from support.rules import Rules
 from support.screen import say
 from support.tables import FILE_TYPES
 
@@ -38,8 +39,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--max_new_tokens", type=int, metavar="N", help="default: the adapter's, else train_grpo.py's")
     add("--seed", type=int, default=0, help="of sampling; default: %(default)s")
     add("--show-prompt", action="store_true", help="print the exact prompt first")
-    add("--rewards", action="store_true", help="the five rewards of every answer")
-    add("--expected", metavar="NUMBER", help="the right answer to the question, for --rewards")
+    add("--rewards", action="store_true", help="the rewards of every answer")
+    add("--expected", metavar="LABEL", help="the right answer to the question, for --rewards")
     add("--input", metavar="FILE", help="questions: JSONL, JSON, CSV, Parquet, or text with one a line")
     add("--output", type=Path, metavar="FILE.jsonl", help="where their answers go; a second run continues a killed one")
     add("--eval", metavar="SPLIT_OR_FILE", help="measure on this split of the dataset (test), or on a file")
@@ -72,8 +73,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
         raise UserError(f"--top_p {args.top_p} must lie above 0 and not above 1.")
     if args.samples > 1 and args.temperature == 0:
         raise UserError("--temperature 0 gives the same answer every time: leave it out, or --samples.")
-    if args.expected is not None and label_number(args.expected) is None:
-        raise UserError(f"--expected {args.expected} is not one number.")
     if bool(args.input) != bool(args.output):
         raise UserError("--input FILE and --output FILE.jsonl go together: give both.")
     if (args.compare or args.merge or args.gguf) and not args.adapter:
@@ -156,29 +155,32 @@ def resume_output(output: Path, questions: list[str], settings: dict) -> int:
     return len(records)
 
 
-def rewards_of(text: str, label) -> dict[str, float | None]:
-    """The five rewards of one completion, by function name; correctness is None where no answer is known."""
-    needs_label = {"correctness_reward_func"}
-    return {
-        f.__name__: None if label is None and f.__name__ in needs_label else f(completions=[text], answer=[label])[0]
-        for f in REWARD_FUNCS
-    }
+def rewards_of(prompt: list, text: str, label, rules: Rules) -> dict[str, float | None]:
+    """The rewards of one completion, by function name; None for those that take `answer`, where no answer is known."""
+    given = {"prompts": [prompt], "completions": as_messages([text]), "answer": [label]}
+    needs_label = {func for func in rules.funcs if "answer" in inspect.signature(func).parameters}
+    return {func.__name__: None if label is None and func in needs_label else func(**given)[0] for func in rules.funcs}
 
 
-def to_record(index: int, question: str, label, completions: list, with_rewards: bool) -> dict:
-    """What one question's answers are written as, in --output."""
+def as_messages(texts: list[str]) -> list[list[dict]]:
+    """Completions as TRL hands them to a reward function."""
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def to_record(index: int, prompt: list, label, completions: list, with_rewards: bool, rules: Rules) -> dict:
+    """What the answers to one question, the last message of `prompt`, are written as, in --output."""
     texts = [c.text for c in completions]
-    record = {"index": index, "question": question, "answer": majority(texts)}
+    record = {"index": index, "question": prompt[-1]["content"], "answer": majority(texts, rules)}
     if label is not None:
-        record |= {"expected": label, "correct": is_majority_right(texts, label)}
+        record |= {"expected": label, "correct": is_majority_right(texts, label, rules)}
     record["completions"] = texts
     if with_rewards:
-        record["rewards"] = [rewards_of(text, label) for text in texts]
+        record["rewards"] = [rewards_of(prompt, text, label, rules) for text in texts]
     return record
 
 
-def show(answers: dict[str, list], args: argparse.Namespace) -> None:
-    """Prints the completions of each policy to one question, but for a single one, which has been shown as it arrived."""
+def show(answers: dict[str, list], args: argparse.Namespace, prompt: list, rules: Rules) -> None:
+    """Prints the completions of each policy to `prompt`, but for a single one, which has been shown as it arrived."""
     if args.compare:
         table = Table(*answers, show_lines=True)
         for row in zip(*answers.values(), strict=True):
@@ -192,14 +194,14 @@ def show(answers: dict[str, list], args: argparse.Namespace) -> None:
         texts = [completion.text for completion in completions]
         if args.rewards:
             for number, text in enumerate(texts, start=1):
-                rewards = rewards_of(text, args.expected).items()
+                rewards = rewards_of(prompt, text, args.expected, rules).items()
                 parts = ", ".join(
                     f"{key.removesuffix('_reward_func')} {'unknown' if value is None else value}"
                     for key, value in rewards
                 )
                 say(f"{name} {number}: {parts}")
         if args.samples > 1:
-            votes = Counter(vote(majority([text]) or "no answer") for text in texts)
+            votes = Counter(rules.vote(majority([text], rules) or "no answer") for text in texts)
             tally = [(f"{vote:f}" if isinstance(vote, Decimal) else vote, count) for vote, count in votes.most_common()]
-            say(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts)}")
+            say(f"{name}: {', '.join(f'{text} × {count}' for text, count in tally)}; majority {majority(texts, rules)}")
     say("")

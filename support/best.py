@@ -46,7 +46,12 @@ class Development(TrainerCallback):
         adapter = self.saving.out / f"checkpoint-{step}" if step else None
         start = time.perf_counter()
         figures = measure(
-            self.trainer.model, self.tokenizer, self.questions, self.recipe.max_completion_length, adapter
+            self.trainer.model,
+            self.tokenizer,
+            self.questions,
+            self.recipe.max_completion_length,
+            adapter,
+            rules=self.report.rules,
         )
         self.report.write_development(step, figures, time.perf_counter() - start)
 

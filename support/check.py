@@ -22,12 +22,18 @@ from support.memory import CUDA_GIB, GIB, is_out_of_memory, memory_advice
 from support.pins import INSTALL, differences, differing
 from support.places import find_local, kind_of
 from support.preflight import GPU, compute_dtype, nvidia_driver
+from support.rules import Rules
 from support.screen import doing, say
 from support.settings import Recipe
-from support.step_report import duration, installed_versions
+from support.step_report import duration, installed_versions, recording
 
 TOKENS = 32  # of an answer whose log-probabilities are compared
-PRIVATE = {"model": "MODEL", "dataset": "DATASET", "output_dir": "OUTPUT_DIR"}  # may be paths of this machine
+PRIVATE = {
+    "model": "MODEL",
+    "dataset": "DATASET",
+    "output_dir": "OUTPUT_DIR",
+    "rewards": "REWARDS",
+}  # may be paths of this machine
 
 
 class Check:
@@ -213,6 +219,21 @@ class Check:
         )
         self.part = "time"
         say(f"{self.part:12}{recipe.max_steps} steps and two evaluations at that rate: {duration(steps * seconds)}")
+
+
+def trial(rules: Rules):
+    """The reward of --check's step: the second of two answers beats the first, so that every group has a variance.
+
+    The functions of `rules` are called, as TRL calls them, and what they give is looked at, but not used.
+    """
+
+    def trial_reward(completions, **given) -> list[float]:
+        rollout = {}
+        for func in rules.funcs:
+            recording(func, rollout, rules)(completions=completions, **given)
+        return [float(i % 2) for i in range(len(completions))]
+
+    return trial_reward
 
 
 def compiler() -> str:

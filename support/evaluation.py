@@ -17,8 +17,9 @@ import torch
 from scipy.stats import binomtest
 from transformers import TextStreamer
 
-from rewards import extract_answer, is_correct, is_strict_format, label_number, last_number, parse_number
+from rewards import is_strict_format
 from support.engine import lora_request
+from support.rules import OURS, Rules
 
 # --- answers -----------------------------------------------------------------------------------------
 
@@ -124,16 +125,18 @@ def _stream_vllm(engine, text: str, sampling, lora, on_text: Callable[[str], Non
 # --- accuracy ----------------------------------------------------------------------------------------
 
 
-def measure(model, tokenizer, questions, max_tokens: int, adapter: Path | None = None) -> dict[str, float]:
+def measure(
+    model, tokenizer, questions, max_tokens: int, adapter: Path | None = None, rules: Rules = OURS
+) -> dict[str, float]:
     """The figures of `evaluate` for `questions` (with `prompt` and `answer`), each answered greedily in at most `max_tokens`.
 
     `adapter`: the folder of the LoRA to measure, None for the base model; see `generate`.
     """
     completions = generate(model, tokenizer, questions["prompt"][:], max_tokens, adapter=adapter)
-    return evaluate(completions, questions["answer"][:])
+    return evaluate(completions, questions["answer"][:], rules=rules)
 
 
-def evaluate(completions: list[Completion], labels: list, samples: int = 1) -> dict[str, float]:
+def evaluate(completions: list[Completion], labels: list, samples: int = 1, rules: Rules = OURS) -> dict[str, float]:
     """How good `completions` are: `samples` of them for each of the labels, one question's after another's.
 
     Shares from 0 to 1, with 95 % Wilson intervals in …_low and …_high over the n questions. strict: the number inside
@@ -141,14 +144,18 @@ def evaluate(completions: list[Completion], labels: list, samples: int = 1) -> d
     truncated: it was cut off at the length limit. mean_length: tokens. With several samples a question, these are means
     over all of them (pass@1), the intervals are too wide rather than too narrow, and there are also pass@k for k = 1, 2,
     4, … and maj@k: what most of the samples say is right.
+
+    With rules of the user's (support/rules.py), strict: their is_correct holds, or, where they have none, the text
+    inside <answer>, stripped, is the label. lenient: that, or the label stands in the last line, tags left out, and not
+    as a part of a word or a number. format: our form still. maj@k: votes are the texts inside <answer>, or, without
+    one, the last lines.
     """
     n = len(labels)
     repeated = [label for label in labels for _ in range(samples)]
-    strict = [is_correct(c.text, label) for c, label in zip(completions, repeated, strict=True)]
-    last = [last_number(c.text) for c in completions]
+    strict = [rules.is_correct(c.text, label) for c, label in zip(completions, repeated, strict=True)]
     counts = {
         "strict": sum(strict),
-        "lenient": sum(x is not None and x == label_number(label) for x, label in zip(last, repeated, strict=True)),
+        "lenient": sum(rules.is_lenient(c.text, label) for c, label in zip(completions, repeated, strict=True)),
         "format": sum(is_strict_format(c.text) for c in completions),
         "truncated": sum(c.truncated for c in completions),
     }
@@ -163,7 +170,7 @@ def evaluate(completions: list[Completion], labels: list, samples: int = 1) -> d
         for k in ks:
             result[f"pass@{k}"] = sum(pass_at_k(samples, sum(strict[group]), k) for group in groups) / n
         right = sum(
-            is_majority_right([c.text for c in completions[group]], label)
+            is_majority_right([c.text for c in completions[group]], label, rules)
             for group, label in zip(groups, labels, strict=True)
         )
         low, high = wilson(right, n)
@@ -215,25 +222,26 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority(texts: list[str]) -> str | None:
+def majority(texts: list[str], rules: Rules = OURS) -> str | None:
     """The answer that most of `texts` give, as first written; of equally frequent ones the first. None without any."""
-    answers = [answer for text in texts if (answer := extract_answer(text) or "").strip()]
-    votes = Counter(vote(answer) for answer in answers)
+    text = majority_text(texts, rules)
+    return None if text is None else rules.answer_of(text).strip()
+
+
+def majority_text(texts: list[str], rules: Rules) -> str | None:
+    """The first of `texts` that gives the answer of most."""
+    answers = {i: answer for i, text in enumerate(texts) if (answer := rules.answer_of(text) or "").strip()}
+    votes = {i: rules.vote(answer) for i, answer in answers.items()}
     if not votes:
         return None
-    winner = votes.most_common(1)[0][0]
-    return next(answer.strip() for answer in answers if vote(answer) == winner)
+    winner = Counter(votes.values()).most_common(1)[0][0]
+    return next(texts[i] for i, vote in votes.items() if vote == winner)
 
 
-def vote(answer: str):
-    number = parse_number(answer)  # 72 and 72.0 vote for the same
-    return answer.strip() if number is None else number
-
-
-def is_majority_right(texts: list[str], label) -> bool:
+def is_majority_right(texts: list[str], label, rules: Rules = OURS) -> bool:
     """Whether the answer that most of `texts` give is `label`; of a single text, the same as is_correct."""
-    answer = majority(texts)
-    return answer is not None and parse_number(answer) == label_number(label)
+    text = texts[0] if len(texts) == 1 else majority_text(texts, rules)
+    return text is not None and rules.is_correct(text, label)
 
 
 def mcnemar(before: list[bool], after: list[bool]) -> dict[str, float]:

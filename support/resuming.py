@@ -15,6 +15,7 @@ from typing import TextIO
 import yaml
 
 from support.errors import UserError
+from support.rules import Rules
 from support.screen import say
 from support.settings import Recipe
 
@@ -28,17 +29,26 @@ yaml.SafeDumper.add_representer(
 FIXED = ["model", "dataset", "question_column", "answer_column", "system_prompt", "seed"]
 FIXED += ["lora_rank", "lora_alpha", "load_in_4bit"]
 FIXED += ["optim", "adam_beta1", "adam_beta2", "weight_decay", "dev_samples"]
+# So is one with another content of the user's file of rewards: `rewards` is compared by its digest, as files move.
+MOVES = ["resume", "output_dir", "rewards"]
 
 
 TABLE = ("before", "after", "last")  # of eval.json, in the order in which they are shown
 UNFINISHED = "it was not finished"
 LOCK = ".lock"
+OWN_REWARDS = (
+    "own_rewards.py"  # the copy of the user's file beside recipe.yaml; not rewards.py, which ours would be taken for
+)
 
 
 def write_text(path: Path, text: str) -> None:
     """In one piece: whoever is killed while writing leaves the old file as it was."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 
@@ -46,10 +56,13 @@ def write_json(path: Path, content) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_recipe(recipe: Recipe) -> None:
-    settings = dataclasses.asdict(recipe) | {"resume": ""}
-    text = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
-    write_text(Path(recipe.output_dir) / "recipe.yaml", text)
+def write_recipe(recipe: Recipe, rules: Rules) -> None:
+    """recipe.yaml, and beside it the user's file of rewards, which it names."""
+    out, settings = Path(recipe.output_dir), dataclasses.asdict(recipe) | {"resume": ""}
+    if rules.file:
+        settings["rewards"] = OWN_REWARDS
+        write_bytes(out / OWN_REWARDS, rules.source)
+    write_text(out / "recipe.yaml", yaml.safe_dump(settings, allow_unicode=True, sort_keys=False))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -61,10 +74,10 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of, reverse=True)
 
 
-def mark_complete(checkpoint: Path, recipe: Recipe, questions: int) -> None:
+def mark_complete(checkpoint: Path, recipe: Recipe, questions: int, rules: Rules, mend: bool = False) -> None:
     """Writes complete.json, last: the recipe, how many questions were used up to there, and a digest of every file.
 
-    A checkpoint without it was not finished.
+    A checkpoint without it was not finished. `mend`: the user's file of rewards has failed, and a mended one may go on.
     """
     (checkpoint / "complete.json").unlink(missing_ok=True)
     files = {
@@ -72,9 +85,10 @@ def mark_complete(checkpoint: Path, recipe: Recipe, questions: int) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and not path.name.startswith("complete.json")
     }
-    write_json(
-        checkpoint / "complete.json", {"recipe": dataclasses.asdict(recipe), "questions": questions, "files": files}
-    )
+    content = {"recipe": dataclasses.asdict(recipe), "questions": questions, "files": files}
+    if rules.file:
+        content |= {"rewards_sha256": rules.digest, "mend": mend}
+    write_json(checkpoint / "complete.json", content)
 
 
 def flaw(checkpoint: Path) -> str | None:
@@ -159,13 +173,13 @@ class Start:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
     def evaluation_before(self, n: int) -> dict | None:
-        """The evaluation before step 1, if it was made, on `n` questions and with today's lengths."""
+        """The evaluation before step 1, if it was made, on `n` questions and with today's lengths and rewards."""
         before = self.evaluations.get("before")
-        same = not {"max_prompt_length", "max_completion_length"} & set(self.changed)
+        same = not {"max_prompt_length", "max_completion_length", "rewards"} & set(self.changed)
         return before if before and before["n"] == n and same else None
 
 
-def find_start(recipe: Recipe) -> Start:
+def find_start(recipe: Recipe, rules: Rules) -> Start:
     """Where `recipe` begins, and what an earlier run of it left. Raises UserError where it cannot begin there."""
     out = Path(recipe.output_dir)
     start = Start(hold(out) if out.exists() else None)
@@ -173,7 +187,8 @@ def find_start(recipe: Recipe) -> Start:
     if not start.checkpoint:
         return start
     written = json.loads((start.checkpoint / "complete.json").read_text(encoding="utf-8"))
-    start.changed = check_same_run(recipe, start.checkpoint, written["recipe"])
+    start.changed = check_same_rewards(rules, start.checkpoint, written)
+    start.changed += check_same_run(recipe, start.checkpoint, written["recipe"])
     start.used = written.get("questions", start.step * written["recipe"]["prompts_per_step"])
     if (out / "eval.json").exists():
         start.evaluations = json.loads((out / "eval.json").read_text(encoding="utf-8"))
@@ -221,12 +236,32 @@ def check_present(out: Path) -> None:
         raise FileNotFoundError("the folder has gone away")
 
 
+def check_same_rewards(rules: Rules, checkpoint: Path, written: dict) -> list[str]:
+    """Raises UserError where the run had other rewards than `rules`, by their content's digest in complete.json.
+
+    But for a file that failed in the step after the checkpoint: what has been mended is listed as changed.
+    """
+    before = written.get("rewards_sha256")
+    if before == rules.digest:
+        return []
+    if written.get("mend") and rules.file:
+        say(f"changed     {rules.file}, which failed after step {step_of(checkpoint)}")
+        return ["rewards"]
+    copy = checkpoint.parent / OWN_REWARDS
+    had, how = (f"the rewards of {copy}", f"with --rewards {copy}") if before else ("our rewards", "without --rewards")
+    has = f"what {rules.file} holds now" if rules.file else "ours"
+    raise UserError(
+        f"{checkpoint} belongs to a run with {had}, and not with {has}: continue it {how}, "
+        "or start another run with another --output_dir."
+    )
+
+
 def check_same_run(recipe: Recipe, checkpoint: Path, written: dict) -> list[str]:
     """Lists the settings that differ from those `written` with the checkpoint. Raises UserError for one that makes it another run."""
     changed = []
     before = dataclasses.asdict(Recipe()) | written  # a setting that came later had its default
     for name, value in dataclasses.asdict(recipe).items():
-        if name in ("resume", "output_dir") or before[name] == value:
+        if name in MOVES or before[name] == value:
             continue
         if name in FIXED:
             raise UserError(

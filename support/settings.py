@@ -13,6 +13,8 @@ from trl import TrlParser
 from data import HUB_ID, SYSTEM_PROMPT
 from support import screen
 from support.errors import UserError, fail
+from support.places import find_local
+from support.rules import load_rules
 from support.schedule import SCHEDULES
 
 
@@ -32,6 +34,12 @@ class Recipe:
         "", "the dataset's column of answers, each with one number; not given: found by its name"
     )
     system_prompt: str = setting(SYSTEM_PROMPT, "the form that rewards.py scores, in words")
+    rewards: str = setting(
+        "",
+        "a Python file in place of rewards.py: REWARD_FUNCS, as TRL calls them, and if need be MAX_REWARDS, "
+        "SYSTEM_PROMPT, check_label(label) and is_correct(text, label), without which an answer is correct where the "
+        "text inside <answer> is the label; examples/ has two",
+    )
     output_dir: str = setting("outputs", "where everything that the run writes goes")
     resume: str = setting(
         "",
@@ -144,7 +152,23 @@ def parse_recipe(argv: list[str]) -> Recipe:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown setting {unknown[0]}; the nearest is --{nearest}. --help lists them all.")
     check_recipe(recipe)
+    if recipe.rewards:
+        config, in_config, in_flags = given(argv)
+        beside = config.parent / recipe.rewards if config else Path()
+        if "rewards" not in in_flags and beside.is_file():  # as in the recipe.yaml of a run, which may have been moved
+            recipe.rewards = str(beside)
+        recipe.rewards = find_local(recipe.rewards)
+        if "system_prompt" not in in_config | in_flags:
+            recipe.system_prompt = load_rules(recipe.rewards).system_prompt or recipe.system_prompt
     return recipe
+
+
+def given(argv: list[str]) -> tuple[Path | None, set[str], set[str]]:
+    """The --config of a command line, the settings that it gives, and those that flags give."""
+    flags = {arg[2:].split("=")[0]: i for i, arg in enumerate(argv) if arg.startswith("--")}
+    config = Path(argv[flags["config"] + 1]) if "config" in flags else None
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config else None
+    return config, set(settings or {}), set(flags)
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from rewards import REWARD_FUNCS
 from support import screen
 from support.memory import GIB
 from support.picture import draw_reward_curve
@@ -25,12 +25,13 @@ from support.resuming import (
     write_json_lines,
     write_recipe,
 )
+from support.rules import OURS, TAKEN, Rules
 from support.screen import say
 from support.settings import Recipe
 
 
-def recording(reward_func, rollout: dict):
-    """`reward_func`, which also leaves what it was given and what it gave in `rollout`, for the report."""
+def recording(reward_func, rollout: dict, rules: Rules = OURS):
+    """`reward_func`, one of `rules`, which also leaves what it was given and gave in `rollout`, for the report."""
 
     @functools.wraps(reward_func)  # TRL logs a reward under the function's name
     def wrapper(prompts, completions, answer, **kwargs):
@@ -38,6 +39,8 @@ def recording(reward_func, rollout: dict):
         rollout.update(
             {"prompts": prompts, "completions": completions, "answers": answer, reward_func.__name__: rewards}
         )
+        if reward_func is rules.funcs[-1]:
+            rules.check_rewarded(rollout)
         return rewards
 
     return wrapper
@@ -49,11 +52,11 @@ LONG = 4 * 3600  # seconds: a free Colab session may end in less
 class Report(TrainerCallback):
     """A readable line a step, metrics.jsonl, samples.jsonl, eval.json and reward_curve.png.
 
-    `questions`: how many there are to train on. `rollout`: what `recording` leaves there.
+    `questions`: how many there are to train on. `rollout`: what `recording` leaves there, of the functions of `rules`.
     """
 
-    def __init__(self, recipe: Recipe, start: Start, questions: int, rollout: dict):
-        self.recipe, self.start, self.questions, self.rollout = recipe, start, questions, rollout
+    def __init__(self, recipe: Recipe, start: Start, questions: int, rollout: dict, rules: Rules):
+        self.recipe, self.start, self.questions, self.rollout, self.rules = recipe, start, questions, rollout, rules
         self.metrics, self.samples, self.development = (
             [line for line in read_json_lines(self.out / f"{name}.jsonl") if start.step and line["step"] <= start.step]
             for name in ("metrics", "samples", "evaluations")
@@ -74,7 +77,7 @@ class Report(TrainerCallback):
         if not self.begun:
             check_present(self.out)
             go_back_to(self.start.checkpoint, self.recipe)
-            write_recipe(self.recipe)
+            write_recipe(self.recipe, self.rules)
             write_json(self.out / "eval.json", self.evaluations)
             write_json_lines(self.out / "evaluations.jsonl", self.development)
             self.begun = True
@@ -127,7 +130,7 @@ class Report(TrainerCallback):
         write_json_lines(self.out / "samples.jsonl", samples, append=True)
 
         left = self.seconds_left(state.global_step) / 60
-        parts = " + ".join(f"{short(f.__name__)} {metrics[f'rewards/{f.__name__}']:.2f}" for f in REWARD_FUNCS)
+        parts = " + ".join(f"{short(name)} {shown(metrics[f'rewards/{name}'], '.2f')}" for name in self.rules.names)
         say(
             f"step {state.global_step:3}  reward {metrics['reward']:.2f} = {parts}  "
             f"no variance {metrics['frac_reward_zero_std']:.0%}  length {metrics['completions/mean_length']:.0f}  "
@@ -139,7 +142,7 @@ class Report(TrainerCallback):
             self.say_hours(state.global_step)
         if state.global_step % self.recipe.sample_steps == 0:
             say("    " + sample_text(samples[0]).replace("\n", "\n    "))
-            draw_reward_curve(self.out)
+            draw_reward_curve(self.out, self.rules.maxima)
 
     def say_hours(self, step: int) -> None:
         """How long the run takes, once its steps have found their pace: the first of this process is the slowest."""
@@ -155,7 +158,7 @@ class Report(TrainerCallback):
         self.begin()  # where no step was left to do
 
     def on_save(self, args, state, control, **kwargs):
-        draw_reward_curve(self.out)
+        draw_reward_curve(self.out, self.rules.maxima)
 
     def metrics_of(self, step: int, logs: dict) -> dict:
         """The line of metrics.jsonl for a step, from what TRL logged of it."""
@@ -164,6 +167,8 @@ class Report(TrainerCallback):
         metrics = {
             key.removesuffix("/mean") if key.startswith("rewards/") else key: value for key, value in logs.items()
         }
+        # of a function that gave no completion of the step a number
+        metrics |= {key: None for key, value in metrics.items() if key.startswith("rewards/") and math.isnan(value)}
         epoch = self.used(step) / self.questions  # TRL's is the share of the run that is over
         return {"step": step, **metrics, "epoch": epoch, "seconds": self.seconds[-1], "gib": peak / GIB}
 
@@ -181,7 +186,7 @@ class Report(TrainerCallback):
                 "question": prompt[-1]["content"],
                 "completion": completion[-1]["content"],
                 "answer": answer,
-                **{name: rewards[i] for name, rewards in rollout.items() if name.endswith("_reward_func")},
+                **{name: rollout[name][i] for name in self.rules.names},
             }
             for i, (prompt, completion, answer) in enumerate(rows)
         ]
@@ -199,6 +204,10 @@ def on_mounted_folder(folder: Path) -> bool:
     return any(os.path.ismount(path) for path in [folder.resolve(), *folder.resolve().parents][:-1])
 
 
+def shown(reward: float | None, form: str) -> str:
+    return "none" if reward is None else format(reward, form)
+
+
 def short(name: str) -> str:
     """A reward function's name, as the lines have it."""
     return name.removesuffix("_reward_func").removesuffix("_format")
@@ -206,7 +215,7 @@ def short(name: str) -> str:
 
 def sample_text(sample: dict) -> str:
     """A line of samples.jsonl, to read."""
-    rewards = ", ".join(f"{short(key)} {value:g}" for key, value in sample.items() if key.endswith("_reward_func"))
+    rewards = ", ".join(f"{short(key)} {shown(value, 'g')}" for key, value in sample.items() if key not in TAKEN)
     return f"question: {sample['question']}\n{sample['completion']}\nexpected: {sample['answer']}; rewards: {rewards}"
 
 

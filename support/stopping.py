@@ -24,6 +24,7 @@ from support.resuming import (
     write_json_lines,
     write_recipe,
 )
+from support.rules import RewardsError
 from support.screen import note, say
 from support.settings import Recipe
 from support.step_report import Report
@@ -46,8 +47,8 @@ class Saving(TrainerCallback):
 
     def __exit__(self, kind, error, trace):
         try:
-            # a UserError: the policy has diverged, and is not worth keeping
-            if isinstance(error, Exception) and not isinstance(error, UserError):
+            # another UserError: the policy has diverged, and is not worth keeping
+            if isinstance(error, RewardsError) or isinstance(error, Exception) and not isinstance(error, UserError):
                 self.save_after_error(error)
         finally:
             for signum, handler in self.handlers.items():
@@ -85,8 +86,9 @@ class Saving(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.mark_complete(state.global_step)
 
-    def mark_complete(self, step: int) -> None:
-        mark_complete(self.out / f"checkpoint-{step}", self.recipe, self.report.used(step))
+    def mark_complete(self, step: int, mend: bool = False) -> None:
+        rules = self.report.rules
+        mark_complete(self.out / f"checkpoint-{step}", self.recipe, self.report.used(step), rules, mend)
 
     def leave_if_stopped(self) -> None:
         """Ends the script where a signal has ended the training."""
@@ -119,13 +121,15 @@ class Saving(TrainerCallback):
             check_present(out)  # before saving makes a folder in its place
             if flaw(out / f"checkpoint-{step}"):
                 save()
+            if isinstance(error, RewardsError):
+                self.mark_complete(step, mend=True)
             write_json_lines(out / "metrics.jsonl", self.report.metrics)
             write_json_lines(out / "samples.jsonl", self.report.samples)
         except Exception:  # OSError, and what torch and safetensors make of one
             try:
                 self.out = Path(tempfile.mkdtemp(prefix="rescued-", dir=Path(__file__).parents[1]))
                 recipe.output_dir = trainer.args.output_dir = str(self.out)
-                write_recipe(recipe)
+                write_recipe(recipe, self.report.rules)
                 screen.log_to(self.out)
                 write_json(self.out / "eval.json", self.report.evaluations)
                 write_json_lines(self.out / "metrics.jsonl", self.report.metrics)
@@ -137,6 +141,9 @@ class Saving(TrainerCallback):
         saved = f"The checkpoint of step {step} is in {self.out}. Continue with: {command(recipe, '--resume')}"
         if self.out != out:
             raise UserError(f"cannot write to {out} any more ({error}). {saved}") from error
+        if isinstance(error, RewardsError):
+            again = command(recipe, "--rewards", str(self.report.rules.file), "--resume")
+            raise UserError(f"{error} The checkpoint of step {step} is in {self.out}. Mend it, then: {again}") from None
         if is_out_of_memory(error):
             advice = memory_advice(recipe, resumed=True)
             saved = saved.replace("Continue with: ", "Continue with one of these after: ")

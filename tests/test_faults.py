@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from support.divergence import DivergenceCheck, divergence
 from support.errors import UserError
 from support.evaluation import Completion
 from support.resuming import flaw
+from support.rules import OURS
 from support.settings import load_recipe
 
 # --- a policy that diverges --------------------------------------------------------------------------
@@ -206,10 +208,10 @@ def test_a_signal_in_an_evaluation_on_the_way(monkeypatch, tmp_path, capsys):
     """It ends the run behind it, with no further step."""
     measure = support.best.measure
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, rules):
         if arguments[-1]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(*arguments)
+        return measure(*arguments, rules=rules)
 
     monkeypatch.setattr(support.best, "measure", interrupted)
     settings = ["--max_steps", 6, "--eval_steps", 2, "--dev_samples", 5, "--output_dir", tmp_path / "out"]
@@ -226,10 +228,10 @@ def test_a_signal_in_an_evaluation_on_the_way(monkeypatch, tmp_path, capsys):
 def test_a_folder_that_goes_away_in_an_evaluation_on_the_way(monkeypatch, tmp_path):
     out, measure = tmp_path / "drive" / "out", support.best.measure
 
-    def unmount_and_measure(*arguments):
+    def unmount_and_measure(*arguments, rules):
         if arguments[-1]:
             out.parent.rename(tmp_path / "gone")
-        return measure(*arguments)
+        return measure(*arguments, rules=rules)
 
     monkeypatch.setattr("support.stopping.__file__", str(tmp_path / "support" / "stopping.py"))
     monkeypatch.setattr(support.best, "measure", unmount_and_measure)
@@ -252,7 +254,9 @@ def test_a_second_signal_does_not_wait(monkeypatch, tmp_path, capsys):
             time.sleep(0.01)
         return [0.0] * len(completions)
 
-    monkeypatch.setattr(train_grpo, "REWARD_FUNCS", [*train_grpo.REWARD_FUNCS[:4], xmlcount_reward_func])
+    monkeypatch.setattr(
+        train_grpo, "load_rules", lambda file: replace(OURS, funcs=[*OURS.funcs[:4], xmlcount_reward_func])
+    )
     with pytest.raises(SystemExit) as end:
         in_process(monkeypatch, "--max_steps", 4, "--output_dir", tmp_path / "out")
     assert end.value.code == 130
@@ -311,7 +315,9 @@ def test_out_of_memory_on_the_way(monkeypatch, tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [0.0] * len(completions)
 
-    monkeypatch.setattr(train_grpo, "REWARD_FUNCS", [*train_grpo.REWARD_FUNCS[:4], xmlcount_reward_func])
+    monkeypatch.setattr(
+        train_grpo, "load_rules", lambda file: replace(OURS, funcs=[*OURS.funcs[:4], xmlcount_reward_func])
+    )
     with pytest.raises(
         UserError, match="out of GPU memory: try --micro_batch_size 2. .*step 2 is in .*one of these after: .*--resume$"
     ) as error:

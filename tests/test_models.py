@@ -38,6 +38,7 @@ from data import QUESTION_COLUMN, SYSTEM_PROMPT, control_tokens, to_prompt
 from support.errors import UserError
 from support.memory import estimate_memory, linear_shapes, parameter_counts
 from support.preflight import check_kind, check_memory, prepare_tokenizer
+from support.rules import OURS
 from support.settings import Recipe, load_recipe
 
 SHAPE = {"vocab_size": 1296, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -141,7 +142,7 @@ def test_it_trains_and_every_prompt_is_the_same(checkpoint, kind, monkeypatch, t
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(GenerationMixin, "generate", spy)
-    monkeypatch.setattr(train_grpo, "REWARD_FUNCS", telling(train_grpo.REWARD_FUNCS))
+    monkeypatch.setattr(train_grpo, "load_rules", lambda file: replace(OURS, funcs=telling(OURS.funcs)))
     folder, out = checkpoint(kind), tmp_path / "out"
     in_process(monkeypatch, "--model", folder, "--max_steps", 1, "--output_dir", out, "--max_completion_length", 8)
     weights = load_file(out / "adapter" / "adapter_model.safetensors")

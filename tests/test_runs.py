@@ -52,7 +52,7 @@ def one_line(error):
 
 def in_process(monkeypatch, *arguments):
     """The short run in this process, without its picture, which takes a second a checkpoint."""
-    monkeypatch.setattr("support.step_report.draw_reward_curve", lambda out: None)
+    monkeypatch.setattr("support.step_report.draw_reward_curve", lambda *arguments: None)
     monkeypatch.setattr(sys, "argv", [*TINY, *SHORT, *map(str, arguments)])
     main()
 
