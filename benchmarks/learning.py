@@ -36,6 +36,7 @@ def measure(config: str, settings: list[str], started: float, interval: float, e
 
     config, *own = shlex.split(config)
     recipe = train_grpo.parse_recipe(["--config", config, *settings, *own])
+    recipe.dev_samples = 0  # what is measured on the way are the held-out questions, below
     out = Path(recipe.output_dir)
     measuring = 0.0  # seconds
 

@@ -62,7 +62,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     )
     lengths = [len(chat) for chat in chats]
 
-    def longest_question(dataset, split, tokenizer, max_prompt_length, *_):
+    def longest_question(dataset, split, tokenizer, max_prompt_length, *_, **__):
         tokens, row = max((tokens, row) for row, tokens in enumerate(lengths) if tokens <= max_prompt_length)
         print(f"{split}: every prompt has {tokens} tokens", flush=True)
         return questions.select([row])

@@ -342,7 +342,7 @@ def run_shape(args) -> str:
     path, folder = args.out / "shape.json", args.out / "shape"
     shutil.rmtree(folder, ignore_errors=True)
     settings = ["--model", args.shape, "--dataset", args.dataset, "--max_steps", 3, "--output_dir", folder]
-    settings += ["--eval_samples", 8, "--save_steps", 1000000, "--sample_steps", 1000000]
+    settings += ["--eval_samples", 8, "--dev_samples", 0, "--save_steps", 1000000, "--sample_steps", 1000000]
     command = ["-m", "benchmarks.training", "ours", "--all_answers", *settings, *VRAM]
     run("shape", [*command, "--json", path, "--child", time.time()], args.out)
     return shape_table(json.loads(path.read_text()))

@@ -256,6 +256,7 @@ def main() -> None:
                 steps = ["--max_steps", str(args.steps if start == "warm" else 1)]
                 steps += ["--output_dir", str(Path(folder, f"{number}-{start}"))]
                 quick = ["--eval_samples", "8", "--save_steps", "1000000", "--sample_steps", "1000000"]
+                quick += ["--dev_samples", "0"]
                 command = [sys.executable, "-m", "benchmarks.training", variant, *quick, *settings, *steps]
                 command += ["--all_answers"] if args.all_answers else []
                 command += ["--json", str(path), "--child", str(time.time())]
