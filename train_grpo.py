@@ -86,7 +86,7 @@ from support.settings import Recipe, parse_recipe
 from support.step_report import Report, installed_versions, recording
 from support.stopping import Saving
 from support.trainer import Trainer
-from support.watch import Watch, cut_off
+from support.watch import Watch, cut_off, no_gain
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -334,6 +334,7 @@ def run(recipe: Recipe) -> None:
         steps = f"after: step {step_of(best)}" + (f", the best on the way; last: step {step_of(last)}" * (best != last))
         say(f"{len(test)} held-out questions, greedy, same prompt and parser; {steps}")
         say(evaluation_table({name: evaluations[name] for name in TABLE if name in evaluations}))
+        watch.warn("no gain", no_gain(report.development, recipe))
         report.write_evaluations(
             **evaluations,
             best_step=step_of(best),

@@ -4,6 +4,7 @@ import math
 
 from transformers import TrainerCallback
 
+from support.evaluation import best_evaluation
 from support.screen import say
 from support.settings import Recipe
 from support.step_report import Report
@@ -56,6 +57,17 @@ def reward_hacking(metrics: list[dict], development: list[dict], recipe: Recipe)
                 f"something else than right answers. Look at samples.jsonl, change the rewards, or give --learning_rate {recipe.learning_rate / 2:g}"
             )
     return None
+
+
+def no_gain(development: list[dict], recipe: Recipe) -> str | None:
+    """The best policy of the run answers fewer development questions right than the base model did."""
+    best = best_evaluation(development)
+    if not best or development[0]["step"] or best["strict"] >= development[0]["strict"]:
+        return None
+    return (
+        f"the best policy answers {best['strict']:.1%} of the development questions right, and the base model {development[0]['strict']:.1%}: "
+        f"look at samples.jsonl, and give --learning_rate {recipe.learning_rate / 2:g} and another --output_dir"
+    )
 
 
 def skipped(metrics: list[dict], recipe: Recipe) -> str | None:

@@ -457,16 +457,20 @@ def test_check_tries_the_functions(write, monkeypatch, tmp_path, capsys):
     assert str(tmp_path) not in (tmp_path / "out2" / "check.json").read_text()
 
 
-def test_the_length_bonus_is_hacked(monkeypatch, tmp_path):
-    """Within a few steps answers are longer and earn more, and are hardly more often right."""
-    out = tmp_path / "out"
-    steps = ["--max_steps", 8, "--prompts_per_step", 4, "--num_generations", 8, "--micro_batch_size", 32]
-    arguments = ["--rewards", "examples/length_bonus.py", "--max_completion_length", 64, *steps, "--warmup_ratio", 0]
-    in_process(monkeypatch, *arguments, "--output_dir", out)
-    lines = jsonl(out / "metrics.jsonl")
-    first, last = lines[:3], lines[-3:]
+def test_the_length_bonus_is_hacked_and_the_run_says_so(monkeypatch, tmp_path, capsys):
+    """Within a few steps answers earn more and are right less often."""
+    steps = ["--max_steps", 16, "--prompts_per_step", 4, "--num_generations", 8, "--micro_batch_size", 32]
+    arguments = ["--rewards", "examples/length_bonus.py", "--max_completion_length", 64, *steps, "--eval_steps", 8]
+    arguments += ["--dev_samples", 100, "--learning_rate", 4e-3, "--output_dir", tmp_path]
+    in_process(monkeypatch, *arguments)
+    lines = jsonl(tmp_path / "metrics.jsonl")
+    first, last = lines[:5], lines[-5:]
     for key in ("rewards/length_bonus", "reward"):
-        assert sum(line[key] for line in last) > 1.2 * sum(line[key] for line in first), key
+        assert sum(line[key] for line in last) > 1.1 * sum(line[key] for line in first), key
+    said = capsys.readouterr().out
+    assert "warning     the reward rises" in said and "the rewards pay for something else than right answers" in said
+    accuracies = [line["strict"] for line in jsonl(tmp_path / "evaluations.jsonl")]
+    assert accuracies[-1] < 0.6 * accuracies[0]
 
 
 def test_rewards_of_one_answer_without_a_label(write):

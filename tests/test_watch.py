@@ -8,7 +8,7 @@ from test_best import figures
 from test_runs import in_process
 
 from support.settings import Recipe
-from support.watch import Watch, cut_off, lora_without_effect, no_variance, reward_hacking, skipped
+from support.watch import Watch, cut_off, lora_without_effect, no_gain, no_variance, reward_hacking, skipped
 
 
 def steps(rewards, same=0.2, norm=1.0):
@@ -50,6 +50,16 @@ def test_a_reward_that_rises_while_right_answers_are_lost():
     assert reward_hacking(rising, within, Recipe()) is None
     strict = reward_hacking(rising, [{"step": 20, **figures(0.5)}, {"step": 40, **figures(0.3)}], Recipe())
     assert "strict accuracy" in strict
+
+
+def test_a_best_policy_that_is_worse_than_the_base_model():
+    before, worse = {"step": 0, **figures(0.3)}, {"step": 20, **figures(0.2)}
+    assert "answers 20.0% of the development questions right, and the base model 30.0%" in no_gain(
+        [before, worse], Recipe()
+    )
+    assert no_gain([before, worse, {"step": 40, **figures(0.3)}], Recipe()) is None
+    assert no_gain([], Recipe()) is None and no_gain([before], Recipe()) is None
+    assert no_gain([worse], Recipe()) is None  # before was not measured
 
 
 def test_steps_that_the_loss_scaler_leaves_out():
