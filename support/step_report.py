@@ -87,6 +87,7 @@ class Report(TrainerCallback):
         self.evaluations |= evaluations
         check_present(self.out)
         write_json(self.out / "eval.json", self.evaluations)
+        draw_reward_curve(self.out, self.rules.maxima)
 
     def write_development(self, step: int, figures: dict, seconds: float) -> None:
         """One line, and one of evaluations.jsonl: what the policy after `step` makes of the development questions."""
@@ -96,6 +97,7 @@ class Report(TrainerCallback):
         if self.begun:
             check_present(self.out)
             write_json_lines(self.out / "evaluations.jsonl", [line], append=True)
+            draw_reward_curve(self.out, self.rules.maxima)
         say(
             f"accuracy    step {step}  strict {line['strict']:.1%} ({line['strict_low']:.1%} to {line['strict_high']:.1%})  "
             f"lenient {line['lenient']:.1%}  format {line['format']:.1%}  of {line['n']} development questions  {seconds:.1f} s"

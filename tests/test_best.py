@@ -155,6 +155,18 @@ def test_development_questions_are_not_trained_on():
     assert (len(few), len(none)) == (9, 0)
 
 
+def test_the_picture_has_every_evaluation(scripted, monkeypatch, tmp_path):
+    """It is drawn when there is something new: the last time after the last evaluation of all."""
+    drawn, out = [], tmp_path / "out"
+
+    def draw(folder, maxima):
+        lines = jsonl(folder / "evaluations.jsonl") if (folder / "evaluations.jsonl").exists() else []
+        drawn.append((len(lines), "after" in json.loads((folder / "eval.json").read_text())))
+
+    in_process(monkeypatch, *STEPS, "--output_dir", out, draw=draw)
+    assert drawn[-1] == (5, True) and (5, False) in drawn
+
+
 def test_the_later_of_equals():
     assert best_evaluation([]) is None and best_evaluation([{"step": 0, "strict": 1.0}]) is None
     assert best_evaluation([{"step": s, "strict": a} for s, a in ACCURACY.items()])["step"] == 6

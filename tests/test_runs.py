@@ -50,9 +50,9 @@ def one_line(error):
     return str(error.value)
 
 
-def in_process(monkeypatch, *arguments):
+def in_process(monkeypatch, *arguments, draw=lambda *_: None):
     """The short run in this process, without its picture, which takes a second a checkpoint."""
-    monkeypatch.setattr("support.step_report.draw_reward_curve", lambda *arguments: None)
+    monkeypatch.setattr("support.step_report.draw_reward_curve", draw)
     monkeypatch.setattr(sys, "argv", [*TINY, *SHORT, *map(str, arguments)])
     main()
 
