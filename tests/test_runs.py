@@ -98,7 +98,7 @@ def test_the_screen_is_the_recipes_own(short_run):
     assert first <= 15
     assert f"log         {out}/libraries.log has what the libraries say; --verbose shows it here" in lines[:first]
     assert (out / "libraries.log").exists() and "tokenizer" not in text
-    known = "importing machine numbers step run log reading questions loading answering strict before accuracy training after last The expected"
+    known = "importing machine numbers step run log reading questions loading answering strict before accuracy training after last warning The expected"
     ours = [line for line in lines if not line.startswith("    ") or line.startswith("         strict")]
     assert {line.split()[0] for line in ours} <= {*known.split(), "10"}
 
