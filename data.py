@@ -151,22 +151,22 @@ def load_questions(
     answers, reason = kept_labels(labels, columns.check_label)
     bad = {row: labels[row] for row, answer in enumerate(answers) if answer is None}
     if bad:
-        raise UserError(f"{table.describe(bad, answer_column, reason)}: correct or remove such rows.")
+        own = ", or give --rewards FILE.py, whose labels need not be numbers" if "number" in reason else ""
+        raise UserError(f"{table.describe(bad, answer_column, reason)}: correct or remove such rows{own}.")
     tokens = control_tokens(tokenizer)
     bad = {row: token for row, question in enumerate(questions) for token in tokens if token in question}
     if bad:
         fault = "which the model would take for a control token"
         raise UserError(f"{table.describe(bad, question_column, fault)}: remove it from the question.")
     prompts = [to_prompt(question, system_prompt) for question in questions]
-    fitting = [
-        row
-        for row, prompt in enumerate(prompts)
-        if len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-        <= max_prompt_length
+    lengths = [
+        len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)) for prompt in prompts
     ]
+    fitting = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
     if not fitting:
         raise UserError(
-            f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens, the recipe's max_prompt_length: raise it."
+            f"every question of {dataset} ({split}) has more than {max_prompt_length} tokens, the recipe's max_prompt_length: raise it "
+            f"to {max(lengths)}, which the longest has with the system prompt."
         )
     if len(fitting) < len(prompts):
         say(
@@ -231,7 +231,9 @@ def find_column(table: Table, names: list[str], dataset: str, can_serve: Callabl
     there = [plain(name) for name in names if plain(name) in table.columns]
     if not there:
         has = ", ".join(shown(name, 30) for name in list(table.names.values())[:12]) or "none"
-        advice = f"Rename the one that is meant to {names[0]}" if len(names) > 1 else "Name one of these"
+        flag = "--question_column" if names[0] in QUESTION_COLUMNS else "--answer_column"
+        renamed = f"Rename the one that is meant to {names[0]}, or give train_grpo.py {flag} NAME"
+        advice = renamed if len(names) > 1 else "Name one of these"
         raise UserError(f"{dataset} has no column {' or '.join(names)}: it has {has}. {advice}.")
     serving = {column: sum(map(can_serve, table.columns[column])) for column in there}
     return next((column for column in there if serving[column] * 2 >= len(table)), max(there, key=serving.get))

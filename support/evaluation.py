@@ -211,7 +211,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     z, share = NormalDist().inv_cdf(0.975), successes / n
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(center - half, 0.0), min(center + half, 1.0)
+    return max(center - half, 0.0) if successes else 0.0, min(center + half, 1.0) if successes < n else 1.0
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
