@@ -28,12 +28,7 @@ from support.settings import Recipe
 from support.step_report import duration, installed_versions, recording
 
 TOKENS = 32  # of an answer whose log-probabilities are compared
-PRIVATE = {
-    "model": "MODEL",
-    "dataset": "DATASET",
-    "output_dir": "OUTPUT_DIR",
-    "rewards": "REWARDS",
-}  # may be paths of this machine
+PRIVATE = ("model", "dataset", "output_dir", "rewards")  # settings that may be paths of this machine
 
 
 class Check:
@@ -45,8 +40,8 @@ class Check:
     def __init__(self, recipe: Recipe):
         self.recipe, self.out, self.clock = recipe, Path(recipe.output_dir), time.perf_counter()
         settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("system_prompt", "resume")}
-        self.names = {settings[name]: word for name, word in PRIVATE.items() if kind_of(find_local(settings[name]))}
-        self.names[recipe.output_dir] = PRIVATE["output_dir"]
+        self.names = {settings[name]: name.upper() for name in PRIVATE if kind_of(find_local(settings[name]))}
+        self.names[recipe.output_dir] = "OUTPUT_DIR"  # also where it is not there yet
         self.found = {"passed": False, "failure": None, "settings": settings, "versions": installed_versions()}
         self.part = "packages"
 
@@ -164,8 +159,7 @@ class Check:
             for weights in matrices:
                 weights.normal_(std=0.03)
         pairs = answers(model, trainer.processing_class, prompts, TOKENS)
-        ours, temperature = [], trainer.temperature
-        trainer.temperature = 1.0  # as greedy tokens are logged
+        temperature, trainer.temperature = trainer.temperature, 1.0  # as greedy tokens are logged
         try:
             with torch.no_grad():
                 trained = [trainer_log_probabilities(trainer, ids, len(logged)) for ids, logged in pairs]
@@ -208,8 +202,9 @@ class Check:
                 f"the loss of the step is {logs['loss']}: give another --dtype, or report it with check.json."
             )
         gib = torch.cuda.max_memory_reserved() / GIB + CUDA_GIB if GPU else 0.0
-        # an evaluation generates as much as so many steps do, and there are two, without the training
-        steps = recipe.max_steps + recipe.eval_samples / completions
+        # two evaluations on the test questions, those on the way; to answer counts half as much as to answer and train
+        answered = 2 * recipe.eval_samples + (recipe.max_steps // recipe.eval_steps + 1) * recipe.dev_samples
+        steps = recipe.max_steps + answered / completions / 2
         figures = {"seconds": round(seconds, 1), "gib": round(gib, 1), "hours": round(steps * seconds / 3600, 2)}
         figures |= {"tokens": logs["completions/mean_length"], "loss": logs["loss"], "grad_norm": logs["grad_norm"]}
         self.holds(
@@ -218,7 +213,7 @@ class Check:
             **figures,
         )
         self.part = "time"
-        say(f"{self.part:12}{recipe.max_steps} steps and two evaluations at that rate: {duration(steps * seconds)}")
+        say(f"{self.part:12}{recipe.max_steps} steps and the evaluations at that rate: {duration(steps * seconds)}")
 
 
 def trial(rules: Rules):

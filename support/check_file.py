@@ -21,8 +21,8 @@ def output_dir_of(argv: list[str]) -> Path:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--output_dir")
     args, _ = parser.parse_known_args(argv)
-    settings = yaml.safe_load(args.config.read_text(encoding="utf-8")) if args.config and args.config.is_file() else {}
-    return Path(args.output_dir or settings.get("output_dir", "outputs"))
+    text = args.config.read_text(encoding="utf-8") if args.config and args.config.is_file() else ""
+    return Path(args.output_dir or (yaml.safe_load(text) or {}).get("output_dir", "outputs"))
 
 
 def without_names(value, names: dict[str, str]):

@@ -54,7 +54,7 @@ def diverged(recipe: Recipe, reason: str, last_good_step: int) -> UserError:
 
 
 class DivergenceCheck(TrainerCallback):
-    """Ends a run that has diverged, and keeps the last checkpoint from before the reward began to fall.
+    """Ends a run that has diverged; without development questions it keeps the last checkpoint from before the reward fell.
 
     `metrics`: the lines of metrics.jsonl, which the report adds to.
     """
@@ -73,7 +73,8 @@ class DivergenceCheck(TrainerCallback):
             raise diverged(self.recipe, *found)
 
     def on_save(self, args, state, control, **kwargs):
-        # transformers keeps the newest and this one: should the policy diverge later, here is where it was good
+        # transformers keeps the newest and this one: should the policy diverge later, here is where it was good. With
+        # development questions it is the best on them instead (best.py).
         best = best_step(self.metrics, self.window) or 0
         good = next((path for path in checkpoints(Path(self.recipe.output_dir)) if step_of(path) <= best), None)
         state.best_model_checkpoint = str(good) if good else None

@@ -100,7 +100,7 @@ class Recipe:
     )
     eval_steps: int = setting(20, "steps between answers to them, each with a checkpoint")
     save_steps: int = setting(10, "steps between checkpoints")
-    save_total_limit: int = setting(3, "checkpoints that are kept, the newest ones")
+    save_total_limit: int = setting(3, "checkpoints that are kept: the newest ones and the best")
     sample_steps: int = setting(10, "steps between the sample answers that are printed")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "none", "where to log besides output_dir; install it first"

@@ -1,7 +1,6 @@
 """What a run says and writes while it goes: a line a step, a sample answer, metrics.jsonl, samples.jsonl, the picture."""
 
 import functools
-import importlib.metadata
 import math
 import os
 import platform
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 from support import screen
 from support.memory import GIB
 from support.picture import draw_reward_curve
+from support.pins import installed
 from support.preflight import GPU
 from support.resuming import (
     Start,
@@ -222,7 +222,8 @@ def sample_text(sample: dict) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    names = ["torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "vllm", "bitsandbytes"]
-    # of two copies on the path Python imports the first
-    installed = {d.name: d.version for d in reversed(list(importlib.metadata.distributions()))}
-    return {"python": platform.python_version()} | {name: installed[name] for name in names if name in installed}
+    names = ["torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth-zoo", "vllm", "bitsandbytes"]
+    found = installed()
+    return {"python": platform.python_version()} | {
+        name.replace("-", "_"): found[name] for name in names if name in found
+    }
