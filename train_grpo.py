@@ -54,9 +54,8 @@ if GPU:
     # cores, for steps that hardly get faster. unsloth unrolls its loss for it, unless its own variable is set.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
-    # No FlashInfer, which compiles itself for minutes at its first start, and a C++ extension when it is imported.
+    # No FlashInfer, which compiles itself for minutes at its first start.
     os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
-    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
     os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
     turing.before_unsloth()

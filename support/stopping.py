@@ -1,4 +1,4 @@
-"""How a run ends before its time: on Ctrl-C, SIGTERM or an error it leaves a checkpoint, and says how to go on."""
+"""How a run ends before its time: on Ctrl-C, SIGTERM, a closed terminal or an error it leaves a checkpoint, and says how to go on."""
 
 import contextlib
 import shlex
@@ -42,7 +42,10 @@ class Saving(TrainerCallback):
         self.stop_signal, self.in_training = None, False
 
     def __enter__(self):
-        self.handlers = {signum: signal.signal(signum, self.on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+        stops = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            stops.append(signal.SIGHUP)  # its terminal has been closed
+        self.handlers = {signum: signal.signal(signum, self.on_signal) for signum in stops}
         return self
 
     def __exit__(self, kind, error, trace):
@@ -66,7 +69,7 @@ class Saving(TrainerCallback):
             else:  # nothing has changed yet
                 how = shlex.join([sys.executable, *sys.argv])
             words = f"the newest checkpoint is {newest}. Go on with: {how}"
-        with contextlib.suppress(BrokenPipeError):  # of `| tee`, which Ctrl-C ends too
+        with contextlib.suppress(OSError):  # of `| tee`, which Ctrl-C ends too, and of a terminal that is gone
             say(f"{signal.Signals(signum).name}: {words}")
         if not waits:
             sys.exit(128 + signum)

@@ -62,9 +62,9 @@ class Trainer(GRPOTrainer):
             return
         logps, mask = computed[-1]
         kept = inputs["completion_mask"].bool()
-        ours = logps[
-            kept if mask is None else mask.bool()
-        ].float()  # unsloth's mask is of another width: same tokens in it
+        if mask is not None:  # unsloth's, of another width, and without the padding token, with which an answer may end
+            kept &= inputs["completion_ids"] != self.processing_class.pad_token_id
+        ours = logps[kept if mask is None else mask.bool()].float()
         sampled = inputs["sampled_logps"][:, : kept.shape[1]][kept]
         if ours.shape == sampled.shape and len(ours):
             difference, metrics = (ours - sampled).abs(), self._metrics["train"]

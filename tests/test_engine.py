@@ -101,7 +101,9 @@ SHARED = {"num_warps", "num_ctas", "num_stages", "max_nreg"}
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """Stands in for the one module of vLLM that `engine_arguments` touches."""
+    """Stands in for the module of vLLM that `engine_arguments` touches; what decoding.py does has tests of its own."""
+    monkeypatch.setattr(engine, "schedule_ahead", lambda: None)
+    monkeypatch.setattr(engine, "merge_products", lambda: None)
     names = "vllm", "vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.registry"
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

@@ -27,7 +27,8 @@ from support.errors import UserError
 from support.evaluation import Completion
 from support.resuming import flaw
 from support.rules import OURS
-from support.settings import load_recipe
+from support.settings import Recipe, load_recipe
+from support.stopping import Saving
 
 # --- a policy that diverges --------------------------------------------------------------------------
 
@@ -185,11 +186,19 @@ def test_a_folder_that_takes_no_files(monkeypatch):
     one_line(error)
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as it is on a terminal, whatever the tests run under."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     "evaluation, words", [("before", "newest checkpoint is None"), ("after", "checkpoint-2. Go on")]
 )
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, words, signum):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, words, signum, hangup):
     def interrupted(*arguments, adapter, **options):
         if (evaluation == "after") == (adapter is not None):
             os.kill(os.getpid(), signum)
@@ -202,6 +211,13 @@ def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, wo
     assert end.value.code == 128 + signum
     assert words in capsys.readouterr().out
     assert signal.getsignal(signum) == before
+
+
+def test_nohup_is_left_alone(hangup):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Saving(Recipe(), None, None) as saving:
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == saving.on_signal
 
 
 def test_a_signal_in_an_evaluation_on_the_way(monkeypatch, tmp_path, capsys):

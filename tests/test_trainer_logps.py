@@ -1,6 +1,8 @@
 """The log-probabilities that vLLM sampled with are compared with the trainer's, token by token, whatever order these are in."""
 
 import random
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,3 +58,16 @@ def test_one_token_that_differs_is_seen(vllm, monkeypatch, tmp_path):
 def test_without_vllm_there_is_nothing_to_compare(monkeypatch, tmp_path):
     in_process(monkeypatch, "--max_steps", 1, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path)
     assert not any(name.startswith(NAME) for name in jsonl(tmp_path / "metrics.jsonl")[0])
+
+
+def test_unsloths_mask_is_wider_and_has_no_padding_token():
+    """unsloth shifts the prompts' padding behind the answers, and masks the padding token with which an answer may end."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.processing_class, trainer._metrics = SimpleNamespace(pad_token_id=0), {"train": defaultdict(list)}
+    completion_ids = torch.tensor([[5, 6, 0], [7, 8, 9]])  # the first ends with it
+    inputs = {"completion_ids": completion_ids, "completion_mask": torch.ones_like(completion_ids)}
+    inputs["sampled_logps"] = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -4.0, -5.0]])
+    computed = torch.tensor([[-1.5, -2.0, 0.0, 0.0], [0.0, -3.0, -4.0, -5.0]])
+    trainer._computed = [(computed, torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]))]
+    trainer._log_difference(inputs)
+    assert trainer._metrics["train"] == {f"{NAME}mean": [pytest.approx(0.1)], f"{NAME}max": [0.5]}
