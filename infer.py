@@ -40,7 +40,7 @@ from support.evaluation import Completion, evaluate, evaluation_table, generate,
 from support.rules import Rules, load_rules
 from support.screen import doing, note, say
 from support.settings import load_recipe
-from support.step_report import shown
+from support.step_report import reward_text
 
 
 def main() -> None:
@@ -239,7 +239,10 @@ def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Calla
     say(evaluation_table(results))
     for name, result in results.items():
         if args.rewards:
-            say(f"{name:8}" + "  ".join(f"{key} {shown(value, '.3f')}" for key, value in result["rewards"].items()))
+            say(
+                f"{name:8}"
+                + "  ".join(f"{key} {reward_text(value, '.3f')}" for key, value in result["rewards"].items())
+            )
     if args.compare:
         test = mcnemar(right["base"], right["adapter"])
         say(

@@ -33,7 +33,7 @@ def merge_products() -> None:
 
 
 def product(_, layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` (rows, width in) times the layer's weights, (rows, sum of the widths out), in the dtype of `x`."""
+    """`x` (rows, width in) times the layer's weights, plus `bias`: (rows, sum of the widths out), in the dtype of `x`."""
     from bitsandbytes import matmul_4bit
 
     weight = layer.weight

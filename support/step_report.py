@@ -132,7 +132,9 @@ class Report(TrainerCallback):
         write_json_lines(self.out / "samples.jsonl", samples, append=True)
 
         left = self.seconds_left(state.global_step) / 60
-        parts = " + ".join(f"{short(name)} {shown(metrics[f'rewards/{name}'], '.2f')}" for name in self.rules.names)
+        parts = " + ".join(
+            f"{short(name)} {reward_text(metrics[f'rewards/{name}'], '.2f')}" for name in self.rules.names
+        )
         say(
             f"step {state.global_step:3}  reward {metrics['reward']:.2f} = {parts}  "
             f"no variance {metrics['frac_reward_zero_std']:.0%}  length {metrics['completions/mean_length']:.0f}  "
@@ -206,7 +208,7 @@ def on_mounted_folder(folder: Path) -> bool:
     return any(os.path.ismount(path) for path in [folder.resolve(), *folder.resolve().parents][:-1])
 
 
-def shown(reward: float | None, form: str) -> str:
+def reward_text(reward: float | None, form: str) -> str:
     return "none" if reward is None else format(reward, form)
 
 
@@ -217,7 +219,7 @@ def short(name: str) -> str:
 
 def sample_text(sample: dict) -> str:
     """A line of samples.jsonl, to read."""
-    rewards = ", ".join(f"{short(key)} {shown(value, 'g')}" for key, value in sample.items() if key not in TAKEN)
+    rewards = ", ".join(f"{short(key)} {reward_text(value, 'g')}" for key, value in sample.items() if key not in TAKEN)
     return f"question: {sample['question']}\n{sample['completion']}\nexpected: {sample['answer']}; rewards: {rewards}"
 
 
