@@ -26,6 +26,7 @@ from support import screen  # before what prints, as every library below does
 if __name__ == "__main__":
     screen.start()
 
+import math
 import os
 import shlex
 import sys
@@ -36,7 +37,7 @@ from pathlib import Path
 import torch
 
 from support import turing
-from support.memory import is_out_of_memory, limit_memory, memory_advice, parameter_counts
+from support.memory import LOGIT_ROWS, is_out_of_memory, limit_memory, memory_advice, parameter_counts
 from support.preflight import (
     GPU,
     MODEL_ERRORS,
@@ -85,6 +86,7 @@ from support.settings import Recipe, parse_recipe
 from support.step_report import Report, installed_versions, recording
 from support.stopping import Saving
 from support.trainer import Trainer
+from support.training_pass import fuse_qkv, keep_activations
 from support.watch import Watch, cut_off, no_gain
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -130,26 +132,31 @@ def lora_arguments(recipe: Recipe) -> dict:
     return {"r": recipe.lora_rank, "lora_alpha": recipe.alpha, "target_modules": LORA_TARGETS}
 
 
-def attach_lora(model, recipe: Recipe):
-    """`model` with a fresh LoRA; its B is zero, so that the policy starts as the base model."""
+def attach_lora(model, recipe: Recipe, kept: int = 0):
+    """`model` with a fresh LoRA; its B is zero, so that the policy starts as the base model.
+
+    `kept`: how many layers keep their activations on a GPU, although there is gradient checkpointing.
+    """
     lora = lora_arguments(recipe)
     if GPU:
         checkpointing = "unsloth" if recipe.gradient_checkpointing else False
         model = FastLanguageModel.get_peft_model(
             model, **lora, use_gradient_checkpointing=checkpointing, random_state=recipe.seed
         )
+        fuse_qkv(model)
+        keep_activations(model, kept)
         return own_lora_folder(model) if recipe.use_vllm else model
     torch.manual_seed(recipe.seed)
     return get_peft_model(model, LoraConfig(**lora))
 
 
-def load_policy(recipe: Recipe):
-    """The policy that is trained, and its tokenizer: the base model with a fresh LoRA."""
+def load_policy(recipe: Recipe, kept: int):
+    """The policy that is trained, and its tokenizer: the base model with a fresh LoRA; `kept` as in attach_lora."""
     doing("loading", recipe.model)
     model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
     if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
         model.generation_config = GenerationConfig()
-    policy = attach_lora(model, recipe)
+    policy = attach_lora(model, recipe, kept)
     made = sum(weights.numel() for name, weights in policy.named_parameters() if ".lora_" in name)
     if made != parameter_counts(model.config, recipe.lora_rank)[0]:  # as of Phi-3, which has three layers in one
         raise UserError(f"{recipe.model} has other linear layers than {', '.join(LORA_TARGETS)}: give another --model.")
@@ -205,6 +212,8 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
     }
     if "max_prompt_length" in GRPOConfig.__dataclass_fields__:  # TRL 0.24 has it, at 512: more than vLLM may hold
         arguments["max_prompt_length"] = recipe.max_prompt_length
+    if "unsloth_logit_chunk_multiplier" in GRPOConfig.__dataclass_fields__:  # in how many pieces an answer gets logits
+        arguments["unsloth_logit_chunk_multiplier"] = math.ceil(recipe.max_completion_length / LOGIT_ROWS)
     try:
         config = GRPOConfig(**arguments, report_to=recipe.report_to)
     except ValueError as error:  # a name that transformers does not know
@@ -269,7 +278,7 @@ def run(recipe: Recipe) -> None:
 
     # Preflight: all that can be known before anything slow.
     model_config, tokenizer = read_model(recipe)
-    preflight(recipe, model_config)
+    kept = preflight(recipe, model_config)
     rules.say()
     config = training_arguments(recipe)
     start.lock = start.lock or hold(out)  # one run at a time
@@ -277,7 +286,7 @@ def run(recipe: Recipe) -> None:
 
     # Data and model.
     train, dev, test = read_questions(recipe, tokenizer, rules)
-    model, tokenizer = load_policy(recipe)
+    model, tokenizer = load_policy(recipe, kept)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
     rollout = {}  # a step's answers and rewards: `recording` puts them here, and the report writes them to samples.jsonl
@@ -353,7 +362,7 @@ def check(recipe: Recipe) -> None:
         checking.packages()
         checking.begin("preflight", recipe.model)
         model_config, tokenizer = read_model(recipe)
-        preflight(recipe, model_config)
+        kept = preflight(recipe, model_config)
         rules.say()
         config = training_arguments(replace(recipe, max_steps=1))
         config.save_strategy = "no"
@@ -369,7 +378,7 @@ def check(recipe: Recipe) -> None:
         train, _, _ = read_questions(recipe, tokenizer, rules)
         checking.begin("loading", recipe.model)
         start = time.perf_counter()
-        model, tokenizer = load_policy(recipe)
+        model, tokenizer = load_policy(recipe, kept)
         checking.engine(model, time.perf_counter() - start)
         trainer = Trainer(
             model=model,

@@ -37,9 +37,10 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     import support.preflight
     from data import load_questions, train_and_test_splits
     from support.errors import UserError
-    from support.memory import GIB, estimate_memory, is_out_of_memory
+    from support.memory import GIB, estimate_memory, is_out_of_memory, layers_kept
     from support.preflight import GPU
     from support.trainer import GRPOTrainer  # TRL's
+    from support.training_pass import keep_activations
 
     def parse(point):
         return train_grpo.parse_recipe(
@@ -69,7 +70,16 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
 
     train_grpo.load_questions = longest_question
     train_grpo.load_base_model = lambda *args: (base, tokenizer)
-    train_grpo.attach_lora = lambda *args: model
+
+    def keep(base, recipe, kept):  # in the place of attach_lora
+        for layer in model.base_model.model.model.layers:
+            if "gradient_checkpointing" in vars(type(layer)):  # it kept its activations at the last point
+                layer.__class__ = type(layer).__bases__[0]
+        if GPU:
+            keep_activations(model, kept)
+        return model
+
+    train_grpo.attach_lora = keep
     figures = dict.fromkeys("strict strict_low strict_high lenient format truncated mean_length".split(), 0.0)
     train_grpo.measure = lambda *args, **kwargs: {"n": 1, **figures}
     train_grpo.Trainer = GRPOTrainer  # random weights earn nothing: every answer would be skipped
@@ -78,7 +88,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     for point, recipe in recipes:
         total = torch.cuda.mem_get_info()[1] / GIB if GPU else 0.0
         card = min(recipe.vram_gib or total, total)
-        parts = estimate_memory(config, recipe, card)
+        parts = estimate_memory(config, recipe, card, layers_kept(config, recipe, card, card))
         gc.collect()  # the last trainer, which refers to itself
         if GPU:
             torch.cuda.empty_cache()

@@ -166,8 +166,8 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
 
         train_grpo.FastLanguageModel.from_pretrained = with_inductor
     if plain:  # the estimate is for unsloth's and vLLM's shared weights, and TRL adds the LoRA itself
-        train_grpo.preflight = lambda *args: None
-        train_grpo.attach_lora = lambda model, recipe: model
+        train_grpo.preflight = lambda *args: 0
+        train_grpo.attach_lora = lambda model, *_: model
     train_grpo.run(recipe)
 
     metrics = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]

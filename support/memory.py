@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_GIB = 0.85  # the CUDA context and library workspaces, outside PyTorch's allocator: 0.83 on an H200
 BUFFERS_GIB = 0.6  # unpacked NF4 weights, blocks that PyTorch keeps: the rest of what benchmarks/memory.py measured
+LOGIT_ROWS = 256  # tokens that have their logits at once; fewer read the output layer more often
 NO_CACHE = ("memory for the cache", "available KV cache memory")  # vLLM's words
 NOT_FREE = "desired GPU memory utilization"
 
@@ -41,10 +42,11 @@ def parameter_counts(config, lora_rank: int) -> tuple[int, int, int]:
     return lora, linear, config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
-def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]:
+def estimate_memory(config, recipe: Recipe, card_gib: float, kept: int = 0) -> dict[str, float]:
     """Estimated peak GPU memory in GiB, part by part, from a transformers config as in linear_shapes.
 
-    With vLLM the weights and the KV cache lie in vLLM's share of the card; without it they count by themselves.
+    `kept`: how many layers keep their activations although there is gradient checkpointing. With vLLM the weights and
+    the KV cache lie in vLLM's share of the card; without it they count by themselves.
     NF4 with double quantisation takes 4.127 bits a weight (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
     """
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -57,14 +59,15 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
     kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
     optimizer = 2 if "8bit" in recipe.optim else 8
     tokens = recipe.micro_batch_size * sequence
-    # unsloth computes the logits again in the backward pass, a quarter of an answer at a time; six float32 arrays of their
-    # size are there at once, among them the logits, their logarithms, the probabilities and the gradients.
-    logits = sequence / 4 * config.vocab_size * 4 * 6
-    if recipe.gradient_checkpointing:
-        # Every layer keeps its input. Then come the logits, and when they are gone, four activations of one MLP at a time.
-        activations = 2 * tokens * layers * hidden + max(logits, 2 * tokens * 4 * mlp)
-    else:
-        activations = 2 * tokens * layers * (4 * hidden + 2 * q + 2 * kv + 3 * mlp) + logits
+    # unsloth computes the logits again in the backward pass, an answer or a piece of one at a time; six float32 arrays of
+    # their size are there at once, among them the logits, their logarithms, the probabilities and the gradients.
+    logits = min(recipe.max_completion_length, LOGIT_ROWS) * config.vocab_size * 4 * 6
+    if not recipe.gradient_checkpointing:
+        kept = layers
+    # A layer keeps its input or, without checkpointing, what its products, its attention and its MLP are made of. Then
+    # come the logits, and when they are gone, four activations of one MLP at a time, computed again.
+    inputs, activations = 2 * tokens * hidden, 2 * tokens * (4 * hidden + 2 * q + 2 * kv + 3 * mlp)
+    activations = inputs * (layers - kept) + max(activations * kept + logits, 2 * tokens * 4 * mlp)
     parts = {
         "weights": weights,
         "KV cache": kv_cache,
@@ -76,6 +79,17 @@ def estimate_memory(config, recipe: Recipe, card_gib: float) -> dict[str, float]
     if recipe.use_vllm:  # vLLM takes its whole share at once; 0.7 GiB of it are its own activations and CUDA graphs
         parts["KV cache"] = recipe.gpu_memory_utilization * card_gib - parts["weights"] - 0.7
     return parts
+
+
+def layers_kept(config, recipe: Recipe, card_gib: float, free_gib: float) -> int:
+    """How many layers can keep their activations in 95 % of what is free of a card (or cap); all without checkpointing."""
+    if not recipe.gradient_checkpointing:
+        return config.num_hidden_layers
+
+    def fits(kept: int) -> bool:
+        return sum(estimate_memory(config, recipe, card_gib, kept).values()) <= 0.95 * free_gib
+
+    return max((kept for kept in range(1, config.num_hidden_layers + 1) if fits(kept)), default=0)
 
 
 def check_memory(parts: dict[str, float], recipe: Recipe, free: float, card: float) -> None:

@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 
 from support.errors import UserError
-from support.memory import CUDA_GIB, GIB, check_memory, estimate_memory, parameter_counts
+from support.memory import CUDA_GIB, GIB, check_memory, estimate_memory, layers_kept, parameter_counts
 from support.places import find_model
 from support.screen import say
 from support.templates import adapt_template
@@ -200,8 +200,11 @@ def check_kind(model: str, config) -> None:
     )
 
 
-def preflight(recipe: Recipe, config) -> None:
-    """Prints what will run on what. Raises UserError where it cannot run. `config`: the model's, of transformers."""
+def preflight(recipe: Recipe, config) -> int:
+    """Prints what will run on what. Raises UserError where it cannot run. `config`: the model's, of transformers.
+
+    Returns how many layers shall keep their activations for the backward pass.
+    """
     check_kind(recipe.model, config)
     if "8bit" in recipe.optim:
         check_installed("bitsandbytes")
@@ -209,7 +212,9 @@ def preflight(recipe: Recipe, config) -> None:
         check_installed(recipe.report_to)
     free, total = (size / GIB for size in torch.cuda.mem_get_info()) if GPU else (0.0, 0.0)
     card = min(recipe.vram_gib or total, total)
-    parts = estimate_memory(config, recipe, card)
+    room = min(free + CUDA_GIB, card)
+    kept = layers_kept(config, recipe, card, room)
+    parts = estimate_memory(config, recipe, card, kept)
     if not GPU:
         say(f"machine     {platform.machine()}, {torch.get_num_threads()} threads, no GPU")
         say("numbers     float32; transformers generates")
@@ -226,7 +231,11 @@ def preflight(recipe: Recipe, config) -> None:
         )
         sizes = " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
         say(f"memory      {sizes} = about {sum(parts.values()):.1f} GiB")
-        check_memory(parts, recipe, min(free + CUDA_GIB, card), card)
+        check_memory(parts, recipe, room, card)
+        if recipe.gradient_checkpointing and kept:
+            say(
+                f"layers      {kept} of {config.num_hidden_layers} keep their activations, the others compute them again"
+            )
     lora, linear, embeddings = parameter_counts(config, recipe.lora_rank)
     check_disk(4 * lora / GIB, recipe)
     check_disk_for_model(parts["weights"], recipe)
@@ -241,3 +250,4 @@ def preflight(recipe: Recipe, config) -> None:
     )
     if GPU:
         torch.cuda.empty_cache()  # give back what the estimate used
+    return kept

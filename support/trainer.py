@@ -1,5 +1,6 @@
 """TRL's GRPOTrainer, faster, with the same gradient; it compares vLLM's log-probabilities with its own."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from support.schedule import take_rate
+from support.training_pass import prompts_shared, share_prompts
 
 
 class Trainer(GRPOTrainer):
@@ -17,7 +19,8 @@ class Trainer(GRPOTrainer):
     no KL term. That is most groups while the policy can do little, and again once it can do most. Such answers are moved
     into micro-batches of their own, and those are skipped. The others are put in the order of their lengths, and each
     micro-batch is cut to its longest prompt and answer. The sum of the gradients stays what it was (but with bnpo,
-    which takes the mean over the tokens of whatever a micro-batch holds).
+    which takes the mean over the tokens of whatever a micro-batch holds). Where a micro-batch holds whole groups, all of
+    this is done with whole groups, so that unsloth computes a prompt once for its group (support/training_pass.py).
 
     The log-probabilities that the loss computes anyway are compared with those that vLLM sampled the tokens with, and logged
     under TRL's names for it: `sampling/sampling_logp_difference/mean` and `…/max`, absolute, over the tokens trained on.
@@ -26,6 +29,7 @@ class Trainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._sampled, self._computed = None, []
+        self._shared = prompts_shared if share_prompts() else contextlib.nullcontext
         unsloth = vars(sys.modules[GRPOTrainer.__module__])  # its loss, which it writes into a file of its own
         if loss := unsloth.get("UnslothEfficientGRPO"):
 
@@ -47,6 +51,9 @@ class Trainer(GRPOTrainer):
             for row, logps in zip(sampled, self._sampled, strict=True):
                 row[: len(logps)] = torch.tensor(logps, device=row.device)
             batch["sampled_logps"] = sampled
+        batch["group"] = (
+            torch.arange(len(batch["advantages"]), device=batch["advantages"].device) // self.num_generations
+        )
         return batch
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -78,14 +85,20 @@ class Trainer(GRPOTrainer):
         batches = self._buffered_inputs
         if batches is before or self.beta:
             return inputs  # a later micro-batch of the same step, or all answers count
-        lengths = torch.cat([batch["completion_mask"].sum(dim=1) for batch in batches])
-        idle = torch.cat([batch["advantages"] for batch in batches]) == 0
-        # the longest first, the idle ones last
-        order = torch.where(idle, lengths, -lengths - 1).argsort(stable=True).cpu()
         step = {
-            name: value if value is None or value.ndim == 0 else torch.cat([batch[name] for batch in batches])[order]
+            name: value if value is None or value.ndim == 0 else torch.cat([batch[name] for batch in batches])
             for name, value in inputs.items()
         }
+        groups = step["group"]
+        if len(inputs["group"]) % self.num_generations:
+            groups = torch.arange(len(groups), device=groups.device)  # each answer by itself
+        ones, nothing = torch.ones_like(groups), (step["advantages"] == 0).long()
+        idle = ones.scatter_reduce(0, groups, nothing, "amin").bool()[groups]
+        longest = ones.scatter_reduce(0, groups, step["completion_mask"].sum(dim=1), "amax")[groups]
+        # the longest first, the idle ones last
+        order = torch.where(idle, longest, -longest - 1) * len(groups) + groups
+        order = order.argsort(stable=True).cpu()
+        step = {name: value if value is None or value.ndim == 0 else value[order] for name, value in step.items()}
         self._buffered_inputs = split_tensor_dict(step, len(batches))
         for batch in self._buffered_inputs:
             prompt, completion = (batch[f"{part}_mask"].sum(dim=1).max() for part in ("prompt", "completion"))
@@ -97,7 +110,8 @@ class Trainer(GRPOTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.beta == 0 and not inputs["advantages"].any():
             return 0 * sum(weights.sum() for weights in model.parameters() if weights.requires_grad)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        with self._shared(self):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._log_difference(inputs)
         return loss
 

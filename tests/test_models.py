@@ -243,7 +243,7 @@ def test_vllm_encodes_with_the_same(checkpoint, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameter_counts_are_what_peft_makes(checkpoint, kind):
     recipe = replace(load_recipe("recipes/tiny.yaml"), model=str(checkpoint(kind)), lora_rank=4)
-    policy, _ = train_grpo.load_policy(recipe)
+    policy, _ = train_grpo.load_policy(recipe, 0)
     weights = dict(policy.named_parameters())
     lora = sum(weights[name].numel() for name in weights if ".lora_" in name)
     linear = sum(weights[name].numel() for name in weights if name.endswith("_proj.base_layer.weight"))
@@ -256,7 +256,7 @@ def test_a_random_adapter_has_its_shapes(checkpoint, kind, tmp_path):
     config = AutoConfig.from_pretrained(checkpoint(kind))
     write_adapter(config, 4, tmp_path)
     recipe = replace(load_recipe("recipes/tiny.yaml"), model=str(checkpoint(kind)), lora_rank=4)
-    policy, _ = train_grpo.load_policy(recipe)
+    policy, _ = train_grpo.load_policy(recipe, 0)
     trained = {name: w.shape for name, w in policy.named_parameters() if ".lora_" in name}
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert {name.replace(".default", ""): shape for name, shape in trained.items()} == {

@@ -188,9 +188,13 @@ def test_trl_knows_every_argument():
 # --- the trainer ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type, beta", [("dapo", 0.0), ("grpo", 0.0), ("dr_grpo", 0.0), ("dapo", 0.04)])
-def test_less_padding_and_skipped_answers_leave_the_gradient_as_it_is(loss_type, beta, tmp_path):
-    changes = {"prompts_per_step": 8, "num_generations": 4, "micro_batch_size": 4, "max_steps": 1}
+@pytest.mark.parametrize(
+    "loss_type, beta, rows",
+    [("dapo", 0.0, 4), ("dapo", 0.0, 2), ("grpo", 0.0, 4), ("dr_grpo", 0.0, 4), ("dapo", 0.04, 4)],
+)
+def test_less_padding_and_skipped_answers_leave_the_gradient_as_it_is(loss_type, beta, rows, tmp_path):
+    """rows: of a micro-batch; four are a group, which then stays together."""
+    changes = {"prompts_per_step": 8, "num_generations": 4, "micro_batch_size": rows, "max_steps": 1}
     changes |= {"temperature": 0.3, "loss_type": loss_type, "beta": beta, "output_dir": str(tmp_path)}
     recipe = dataclasses.replace(load_recipe("recipes/tiny.yaml"), **changes)
     tokenizer = AutoTokenizer.from_pretrained("tiny")
@@ -201,7 +205,7 @@ def test_less_padding_and_skipped_answers_leave_the_gradient_as_it_is(loss_type,
 
         class Counting(trainer_class):
             def _compute_loss(self, model, inputs):
-                trained.append({k: inputs[k] for k in ("advantages", "prompt_mask", "completion_mask")})
+                trained.append({k: inputs[k] for k in ("advantages", "prompt_ids", "prompt_mask", "completion_mask")})
                 return super()._compute_loss(model, inputs)
 
         class Keep(TrainerCallback):
@@ -226,8 +230,10 @@ def test_less_padding_and_skipped_answers_leave_the_gradient_as_it_is(loss_type,
     assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
     zero = sum(int((batch["advantages"] == 0).sum()) for batch in everything)
     assert zero >= 4  # there is something to skip, with this seed
-    assert len(everything) == 8
-    assert len(some) == (8 - zero // 4 if beta == 0 else 8)
+    assert len(everything) == 32 // rows
+    assert len(some) == 32 // rows - (zero // rows if beta == 0 else 0)
+    if beta == 0 and rows == 4:
+        assert all((batch["prompt_ids"] == batch["prompt_ids"][0]).all() for batch in some)
 
     def nonzero(batches):  # advantage, tokens of the prompt and of the answer
         columns = [
