@@ -200,6 +200,14 @@ def check_kind(model: str, config) -> None:
     )
 
 
+def larger_recipe(recipe: Recipe, card_gib: float) -> str | None:
+    """The recipe that fits a card of `card_gib` better than the default model in NF4, if that is what runs."""
+    if recipe.model != Recipe.model or not recipe.load_in_4bit:
+        return None
+    sizes = {"80gb": 78, "48gb": 44, "24gb": 22}  # GiB; an L4 has 22.2, an L40S 44.5
+    return next((name for name, size in sizes.items() if card_gib >= size), None)
+
+
 def preflight(recipe: Recipe, config) -> int:
     """Prints what will run on what. Raises UserError where it cannot run. `config`: the model's, of transformers.
 
@@ -229,6 +237,10 @@ def preflight(recipe: Recipe, config) -> int:
             f"numbers     {str(compute_dtype(recipe)).removeprefix('torch.')}, {4 if recipe.load_in_4bit else 16}-bit weights; "
             + (f"vLLM generates, attention backend {backend}" if recipe.use_vllm else "unsloth generates")
         )
+        if (better := larger_recipe(recipe, card)) is not None:
+            say(
+                f"recipe      --config recipes/{better}.yaml is made for a card of this size: 16-bit weights, more answers a step"
+            )
         sizes = " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
         say(f"memory      {sizes} = about {sum(parts.values()):.1f} GiB")
         check_memory(parts, recipe, room, card)

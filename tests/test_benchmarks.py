@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from benchmarks.learning import seconds_to
+from benchmarks.profile import table
 from benchmarks.t4 import compare, kernels_table, spill_bytes, write_adapter
 
 
@@ -201,3 +202,26 @@ def test_the_random_lora_fits_the_model_and_is_not_zero(tmp_path):
             a, b = (lora.get_tensor(f"{name}.lora_{factor}.weight") for factor in "AB")
             assert a.shape == (4, width) and b.shape == (out, 4)
             assert a.any() and b.any()
+
+
+def test_kernels_are_counted_by_kind_and_the_card_once():
+    spans = [
+        ("void gemm_4bit_sm80_m16n8k16<__half, 64, 64, 64>", 0.0, 5.0),
+        ("nvjet_hsh_128x48_64x9_4x1_v_bz_splitK_TNT", 4.0, 6.0),  # overlaps with the one before
+        ("_lora_expand_kernel", 8.0, 9.0),
+        ("_nf4_dequant_kernel", 9.0, 10.0),
+        ("void kDequantizeBlockwise<__half, 512, 64, 8, 2>", 10.0, 12.0),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", 12.0, 12.5),
+        ("something new", 12.5, 13.0),
+    ]
+    kinds, busy, kernels = table(spans)
+    assert kinds == {
+        "4-bit products, unpacked on the way": 5.0,
+        "4-bit weights unpacked": 3.0,
+        "products": 2.0,
+        "LoRA of vLLM": 1.0,
+        "attention": 0.5,
+        "others": 0.5,
+    }
+    assert (busy, kernels) == (11.0, 7)
+    assert table([]) == ({}, 0.0, 0)

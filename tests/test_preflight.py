@@ -16,7 +16,7 @@ import infer
 from support import preflight
 from support.errors import UserError
 from support.memory import check_memory, estimate_memory, is_out_of_memory, memory_advice
-from support.preflight import check_disk, check_disk_for_model, check_machine, model_error
+from support.preflight import check_disk, check_disk_for_model, check_machine, larger_recipe, model_error
 from support.settings import Recipe, load_recipe
 
 # Qwen2.5-7B's config.json
@@ -245,6 +245,23 @@ def test_memory_is_what_was_measured(card, utilization, rank, length, micro_batc
         micro_batch_size=micro_batch_size,
     )
     assert sum(estimate_memory(QWEN_7B, recipe, card).values()) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "card, settings, better",
+    [
+        (14.6, {}, None),
+        (15.8, {}, None),
+        (22.2, {}, "24gb"),
+        (44.5, {}, "48gb"),
+        (79.2, {}, "80gb"),
+        (79.2, {"model": "tiny"}, None),
+        (79.2, {"load_in_4bit": False}, None),
+    ],
+)
+def test_a_larger_card_has_a_recipe_of_its_own(card, settings, better):
+    assert larger_recipe(Recipe(**settings), card) == better
+    assert better is None or Path("recipes", f"{better}.yaml").exists()
 
 
 def test_memory_of_the_kv_cache_without_vllm():
