@@ -97,7 +97,7 @@ def main() -> None:
             inputs = super()._prepare_inputs(generation_batch)
             if self._buffered_inputs is not before:
                 for batch in self._buffered_inputs:
-                    batch["advantages"] = torch.ones_like(batch["advantages"])
+                    batch["advantages"] = torch.full_like(batch["advantages"], 1e-6)
             return inputs
 
         def _generate_single_turn(self, *args, **kwargs):

@@ -9,6 +9,10 @@ trl_vllm  ours, but the model loaded by transformers and PEFT, and TRL's own col
 inductor  ours, but torch.compile is on: vLLM compiles the model and its ranking of tokens with it, as it does by default
 compiled  ours, but torch.compile is on: unsloth compiles its loss with it, as it does by default, and vLLM its ranking
 triton    ours, but vLLM's attention is Triton's; flashinfer: FlashInfer's, as unsloth chooses where it finds nvcc and ninja
+as_it_comes         ours, without what support/decoding.py and support/training_pass.py change in vLLM and unsloth
+no_ahead, no_merge  ours, but vLLM waits for Python between two tokens; multiplies by each 4-bit weight by itself
+no_share, no_fuse   ours, but a prompt is computed anew for each of its answers; q, k and v one by one
+no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
 
 A variant may bring settings of its own: "ours --prompts_per_step 16".
 --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
@@ -23,6 +27,7 @@ and tokens a second; peak memory; and the least that the card could need for suc
 """
 
 import argparse
+import importlib
 import importlib.machinery
 import json
 import os
@@ -45,6 +50,15 @@ CONFIGS = {
     "triton": "recipes/t4.yaml",
     "flashinfer": "recipes/t4.yaml",
 }
+CHANGES = {  # what each of these variants leaves out: (module, name, what takes its place)
+    "no_ahead": ("support.engine", "schedule_ahead", lambda: None),
+    "no_merge": ("support.engine", "merge_products", lambda: None),
+    "no_share": ("support.trainer", "share_prompts", lambda: False),
+    "no_fuse": ("train_grpo", "fuse_qkv", lambda policy: None),
+    "no_keep": ("train_grpo", "keep_activations", lambda policy, layers: None),
+    "no_rows": ("train_grpo", "LOGIT_ROWS", None),
+}
+CONFIGS |= dict.fromkeys(["as_it_comes", *CHANGES], "recipes/t4.yaml")
 COMPILE = {"TORCHDYNAMO_DISABLE": "0", "UNSLOTH_VLLM_NO_FLASHINFER": "0"}  # as the libraries come
 ENVIRONMENT = {
     "article": COMPILE | {"UNSLOTH_COMPILE_DISABLE": "0"},
@@ -85,6 +99,10 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
     from support.trainer import GRPOTrainer  # TRL's
 
     recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings, *own])
+    for name in CHANGES if variant == "as_it_comes" else [variant] if variant in CHANGES else []:
+        module, attribute, other = CHANGES[name]
+        importlib.import_module(module)
+        setattr(sys.modules[module], attribute, other or recipe.max_completion_length / 4)
     if variant == "trl":
         recipe.use_vllm = False
     marks, steps, parts = {"imported": time.time() - started}, [], {}
@@ -136,7 +154,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
             marks.setdefault("first step", time.time() - started)
             steps.append({"step": time.perf_counter() - self.start, **parts})
 
-    class Timed(GRPOTrainer if plain or all_answers else train_grpo.Trainer):
+    class Timed(GRPOTrainer if plain else train_grpo.Trainer):
         def __init__(self, model, **kwargs):
             if plain:
                 lora = train_grpo.lora_arguments(recipe)
@@ -156,6 +174,14 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
                 self._move_model_to_vllm = timed("sync", self._move_model_to_vllm)
             if hasattr(self.model, "load_lora"):
                 self.model.load_lora = timed("sync", self.model.load_lora)
+
+        def _prepare_inputs(self, generation_batch):
+            before = self._buffered_inputs
+            inputs = super()._prepare_inputs(generation_batch)
+            if all_answers and self._buffered_inputs is not before:
+                for batch in self._buffered_inputs:
+                    batch["advantages"] = torch.full_like(batch["advantages"], 1e-6)  # hardly a gradient, but one
+            return inputs
 
     train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.Trainer = load_and_mark, arguments, Timed
     if GPU and variant in ("inductor", "article"):

@@ -202,7 +202,7 @@ def check_kind(model: str, config) -> None:
 
 def larger_recipe(recipe: Recipe, card_gib: float) -> str | None:
     """The recipe that fits a card of `card_gib` better than the default model in NF4, if that is what runs."""
-    if recipe.model != Recipe.model or not recipe.load_in_4bit:
+    if recipe.model != type(recipe).model or not recipe.load_in_4bit:
         return None
     sizes = {"80gb": 78, "48gb": 44, "24gb": 22}  # GiB; an L4 has 22.2, an L40S 44.5
     return next((name for name, size in sizes.items() if card_gib >= size), None)

@@ -127,7 +127,7 @@ def test_what_a_user_can_get_wrong_is_the_part_s_own_sentence(monkeypatch, tmp_p
 
 
 def test_an_error_that_no_part_expects_says_what_to_do(monkeypatch, tmp_path):
-    def broken(recipe):
+    def broken(recipe, kept):
         raise RuntimeError(f"no kernel\nimage in {Path.cwd()}/kernels.so")
 
     monkeypatch.setattr("train_grpo.load_policy", broken)
