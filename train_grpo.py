@@ -59,7 +59,6 @@ if GPU:
     os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
     # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
     os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
-    turing.before_unsloth()
     # before trl, transformers and peft, which it patches, and before CUDA starts, whose allocator it sets up
     from unsloth import FastLanguageModel
 

@@ -1,6 +1,6 @@
 """What a card below compute capability 8.0 needs, as a T4: the attention that works there, LoRA kernels that fit its registers.
 
-Imports nothing that unsloth patches: train_grpo.py calls both functions around the import of unsloth.
+Imports nothing that unsloth patches: train_grpo.py calls `after_unsloth` behind its import.
 """
 
 import json
@@ -22,20 +22,6 @@ PREFILL = COMMON | {"block_n": 16, "block_k": 32, "split_k": 8, "group_size_m": 
 EXPAND = COMMON | {"block_n": 128, "block_k": 16}
 
 _folder: tempfile.TemporaryDirectory | None = None  # as long as this process, which reads it late
-
-
-def before_unsloth() -> None:
-    """What unsloth reads when it is imported. CUDA must not have started then, so NVML is asked, and for every card."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        oldest = min(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(card)) for card in cards)
-    except Exception:  # pynvml raises its own types
-        oldest = (0, 0)
-    if oldest < (8, 0):  # without vLLM it would use FlexAttention, which fails there in float16
-        os.environ["UNSLOTH_GRPO_PREFIX_GROUPER"] = "0"
 
 
 def after_unsloth() -> None:

@@ -27,14 +27,8 @@ def card(monkeypatch):
     def of(capability, name="Tesla T4"):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-        pynvml = ModuleType("pynvml")
-        pynvml.nvmlInit = lambda: None
-        pynvml.nvmlDeviceGetCount = lambda: 1
-        pynvml.nvmlDeviceGetHandleByIndex = lambda i: i
-        pynvml.nvmlDeviceGetCudaComputeCapability = lambda card: list(capability)
-        monkeypatch.setitem(sys.modules, "pynvml", pynvml)
 
-    for name in ("VLLM_ATTENTION_BACKEND", "VLLM_TUNED_CONFIG_FOLDER", "UNSLOTH_GRPO_PREFIX_GROUPER"):
+    for name in ("VLLM_ATTENTION_BACKEND", "VLLM_TUNED_CONFIG_FOLDER"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     return of
@@ -45,10 +39,8 @@ def test_a_t4_gets_triton_whatever_the_shell_says(card, capsys, monkeypatch, she
     card((7, 5))
     if shell:
         monkeypatch.setenv("VLLM_ATTENTION_BACKEND", shell)
-    turing.before_unsloth()
     turing.after_unsloth()
     assert os.environ["VLLM_ATTENTION_BACKEND"] == "TRITON_ATTN"
-    assert os.environ["UNSLOTH_GRPO_PREFIX_GROUPER"] == "0"
     said = capsys.readouterr().out
     if shell in (None, "TRITON_ATTN"):
         assert not said
@@ -63,10 +55,9 @@ def test_a_newer_card_is_left_as_it_is(card, monkeypatch, shell):
     card((8, 6))
     if shell:
         monkeypatch.setenv("VLLM_ATTENTION_BACKEND", shell)
-    turing.before_unsloth()
     turing.after_unsloth()
     assert os.environ.get("VLLM_ATTENTION_BACKEND") == shell
-    assert not {"VLLM_TUNED_CONFIG_FOLDER", "UNSLOTH_GRPO_PREFIX_GROUPER"} & set(os.environ)
+    assert "VLLM_TUNED_CONFIG_FOLDER" not in os.environ
 
 
 def vllms_choice(config: dict, loras: int, slices: int, rows: int, k: int, n: int) -> dict:
