@@ -13,6 +13,7 @@ import argparse
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 
@@ -80,7 +81,8 @@ def main() -> None:
     from support.trainer import Trainer
 
     quick = ["--max_steps", "4", "--eval_samples", "1", "--dev_samples", "0", "--save_steps", "1000000"]
-    recipe = train_grpo.parse_recipe([*quick, *settings])
+    folder = tempfile.TemporaryDirectory()
+    recipe = train_grpo.parse_recipe([*quick, *settings, "--output_dir", folder.name])
     tokens, passes, spans, read = [], [], {}, {}
 
     def timed(work):

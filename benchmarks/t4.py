@@ -4,7 +4,7 @@
     python -m benchmarks.t4 --parts kernels
 
 kernels  vLLM's kernels for the LoRA in float16, at the linear layers of the 7B model, against torch's float32 products:
-         with vLLM's blocks and with ours (VLLM_TUNED_CONFIG_FOLDER, which train_grpo.py sets on such a card)
+         with vLLM's blocks and with ours (support/decoding.py)
 answers  48 held-out questions, greedy, 48 tokens, float16: on the card as it is and as on a T4, without a LoRA and with
          a random one
 train    train_grpo.py, the default recipe on --model, for --steps steps
@@ -59,12 +59,14 @@ def spill_bytes(ptx: str) -> int:
 
 def measure_kernels() -> list[dict]:
     """Every combination of op, linear, rank, number of rows and blocks: error, bytes of spill, microseconds."""
-    import train_grpo  # noqa: F401  (sets VLLM_TUNED_CONFIG_FOLDER)
+    import train_grpo  # noqa: F401  (unsloth comes before vLLM)
 
     # isort: split
     import torch
     from triton.testing import do_bench_cudagraph
     from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand_op, lora_shrink_op, utils
+
+    from support.decoding import tune_lora_kernels
 
     torch.set_float32_matmul_precision("highest")  # of the references
     launched, spills, results = [], {}, []
@@ -90,13 +92,9 @@ def measure_kernels() -> list[dict]:
         seconds = do_bench_cudagraph(product, return_mode="median") / 1000
         return {"error": error, "spill": spills[compiled.hash], "us": seconds * 1e6}
 
-    tuned = os.environ.pop("VLLM_TUNED_CONFIG_FOLDER", None)
-    for blocks, folder in {"vLLM's": None, "ours": tuned}.items():
-        if blocks == "ours" and not folder:
-            print("train_grpo.py sets no VLLM_TUNED_CONFIG_FOLDER here: ours are not measured")
-            break
-        if folder:
-            os.environ["VLLM_TUNED_CONFIG_FOLDER"] = folder
+    for blocks in ("vLLM's", "ours"):
+        if blocks == "ours":
+            tune_lora_kernels()
         utils.load_lora_op_config.cache_clear()
         utils.get_lora_op_configs.cache_clear()
         for linear, (width, widths) in LINEARS.items():

@@ -11,6 +11,7 @@ compiled  ours, but torch.compile is on: unsloth compiles its loss with it, as i
 triton    ours, but vLLM's attention is Triton's; flashinfer: FlashInfer's, as unsloth chooses where it finds nvcc and ninja
 as_it_comes         ours, without what support/decoding.py and support/training_pass.py change in vLLM and unsloth
 no_ahead, no_merge  ours, but vLLM waits for Python between two tokens; multiplies by each 4-bit weight by itself
+no_tune             ours, but vLLM's kernels for the LoRA cut their work as vLLM has them do
 no_share, no_fuse   ours, but a prompt is computed anew for each of its answers; q, k and v one by one
 no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
 
@@ -53,6 +54,7 @@ CONFIGS = {
 CHANGES = {  # what each of these variants leaves out: (module, name, what takes its place)
     "no_ahead": ("support.engine", "schedule_ahead", lambda: None),
     "no_merge": ("support.engine", "merge_products", lambda: None),
+    "no_tune": ("support.engine", "tune_lora_kernels", lambda: None),
     "no_share": ("support.trainer", "share_prompts", lambda: False),
     "no_fuse": ("train_grpo", "fuse_qkv", lambda policy: None),
     "no_keep": ("train_grpo", "keep_activations", lambda policy, layers: None),

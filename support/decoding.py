@@ -1,13 +1,26 @@
-"""vLLM's decode step, shorter: it schedules ahead, and multiplies by q, k and v at once, and by gate and up.
+"""vLLM's decode step, shorter: it schedules ahead, multiplies by q, k and v at once, and by gate and up; LoRA kernels for few rows.
 
 Written for vLLM 0.11, unsloth_zoo 2026.10 and bitsandbytes 0.50; where these have changed, vLLM does it its own way.
 """
 
+import json
+import os
+import tempfile
 from functools import partialmethod
+from pathlib import Path
 
 import torch
 
 from support.screen import say
+
+# How vLLM's kernels for the LoRA cut their work, in its words; its other defaults stay. A decode step of 48 to 256 rows takes
+# 10 to 50 % less time in them on an H100 than with vLLM's own. On a T4 its own do not fit the registers, by up to 4.9 KB a thread.
+COMMON = {"block_m": 32, "num_warps": 4, "num_ctas": 1, "num_stages": 2, "max_nreg": None}
+DECODE = COMMON | {"block_n": 16, "block_k": 64, "split_k": 32, "group_size_m": 8}
+PREFILL = COMMON | {"block_n": 16, "block_k": 32, "split_k": 8, "group_size_m": 8}
+EXPAND = COMMON | {"block_n": 128, "block_k": 16}
+
+_folder: tempfile.TemporaryDirectory | None = None  # as long as this process, which reads it late
 
 
 def schedule_ahead() -> None:
@@ -62,3 +75,19 @@ def merged(states: list):
         quant_type=first.quant_type,
         dtype=first.dtype,
     )
+
+
+def tune_lora_kernels() -> None:
+    """Writes the blocks above where vLLM looks for those of this card, in files that it calls by the card's name."""
+    global _folder
+    _folder = tempfile.TemporaryDirectory(prefix="grpo-kernels-")
+    card = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
+
+    def by_shape(rows: dict) -> dict:
+        # number of LoRAs, of matrices in one product, rows, width in, width out: vLLM takes the nearest number, but of matrices
+        return {"1": {str(n): {row: {"1": {"1": blocks}} for row, blocks in rows.items()} for n in (1, 2, 3)}}
+
+    shrink, expand = by_shape({"256": DECODE, "1024": PREFILL}), by_shape({"1": EXPAND})
+    for name, blocks in {"SHRINK": shrink, "EXPAND_TRUE": expand, "EXPAND_FALSE": expand}.items():
+        Path(_folder.name, f"{card}_{name}.json").write_text(json.dumps(blocks))
+    os.environ["VLLM_TUNED_CONFIG_FOLDER"] = _folder.name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from support.decoding import merge_products, schedule_ahead
+from support.decoding import merge_products, schedule_ahead, tune_lora_kernels
 from support.errors import StartAgain
 from support.preflight import GPU
 from support.settings import Recipe
@@ -22,6 +22,7 @@ def engine_arguments(recipe: Recipe, max_num_seqs: int, share: float) -> dict:
     registry._run_in_subprocess = lambda look: look()
     schedule_ahead()
     merge_products()
+    tune_lora_kernels()
     if torch.cuda.get_device_capability() < (8, 0):
         max_num_seqs = min(max_num_seqs, AT_ONCE)
     sequences = math.ceil(max_num_seqs / 8) * 8  # as CUDA graphs come

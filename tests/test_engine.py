@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_grpo
-from support import engine, screen, turing
+from support import decoding, engine, screen, turing
 from support.errors import StartAgain, UserError
 from support.settings import Recipe
 from support.step_report import Report, duration, on_mounted_folder
@@ -57,7 +57,6 @@ def test_a_newer_card_is_left_as_it_is(card, monkeypatch, shell):
         monkeypatch.setenv("VLLM_ATTENTION_BACKEND", shell)
     turing.after_unsloth()
     assert os.environ.get("VLLM_ATTENTION_BACKEND") == shell
-    assert "VLLM_TUNED_CONFIG_FOLDER" not in os.environ
 
 
 def vllms_choice(config: dict, loras: int, slices: int, rows: int, k: int, n: int) -> dict:
@@ -69,19 +68,19 @@ def vllms_choice(config: dict, loras: int, slices: int, rows: int, k: int, n: in
     return nearest(nearest(nearest(nearest(config, loras)[str(slices)], rows), k), n)
 
 
-def test_the_lora_kernels_of_a_t4_fit_its_registers(card):
+def test_vllm_finds_the_blocks_of_its_lora_kernels(card):
     card((7, 5), name="NVIDIA GeForce RTX 2080-Ti")
-    turing.after_unsloth()
+    decoding.tune_lora_kernels()
     folder = Path(os.environ["VLLM_TUNED_CONFIG_FOLDER"])
     files = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
     kinds = ("SHRINK", "EXPAND_TRUE", "EXPAND_FALSE")
     assert set(files) == {f"NVIDIA_GeForce_RTX_2080_Ti_{kind}.json" for kind in kinds}
     shrink, expand = (files[f"NVIDIA_GeForce_RTX_2080_Ti_{kind}.json"] for kind in kinds[:2])
     for loras, slices, rows, width, rank in itertools.product(
-        (1, 2, 4), (1, 2, 3), (1, 48, 64, 127, 129, 2048, 10**5), (896, 18944), (8, 16, 32)
+        (1, 2, 4), (1, 2, 3), (1, 48, 128, 256, 512, 720, 2048, 10**5), (896, 18944), (8, 16, 32)
     ):
         blocks = vllms_choice(shrink, loras, slices, rows, width, rank)
-        assert (blocks["block_k"], blocks["split_k"]) == ((64, 64) if rows < 128 else (32, 8))
+        assert (blocks["block_k"], blocks["split_k"]) == ((64, 32) if rows <= 512 else (32, 8))
         assert vllms_choice(expand, loras, slices, rows, rank, width)["block_m"] == 32
         assert blocks.keys() == {"block_m", "block_n", "block_k", "split_k", "group_size_m"} | SHARED
     assert vllms_choice(expand, 1, 1, 1, 8, 896).keys() == {"block_m", "block_n", "block_k"} | SHARED
@@ -95,6 +94,7 @@ def vllm(monkeypatch):
     """Stands in for the module of vLLM that `engine_arguments` touches; what decoding.py does has tests of its own."""
     monkeypatch.setattr(engine, "schedule_ahead", lambda: None)
     monkeypatch.setattr(engine, "merge_products", lambda: None)
+    monkeypatch.setattr(engine, "tune_lora_kernels", lambda: None)
     names = "vllm", "vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.registry"
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
