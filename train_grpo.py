@@ -64,6 +64,7 @@ if GPU:
 
     turing.after_unsloth()
 
+from accelerate import PartialState
 from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
@@ -77,7 +78,7 @@ from support.engine import engine_arguments, generation, own_lora_folder, start_
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.places import SCRIPTS, find_model
-from support.resuming import TABLE, check_present, checkpoints, find_start, hold, step_of
+from support.resuming import TABLE, check_present, checkpoints, find_start, hold, step_of, wait_for
 from support.rules import Rules, load_rules
 from support.schedule import schedule_arguments
 from support.screen import doing, say
@@ -152,7 +153,7 @@ def attach_lora(model, recipe: Recipe, kept: int = 0):
 def load_policy(recipe: Recipe, kept: int):
     """The policy that is trained, and its tokenizer: the base model with a fresh LoRA; `kept` as in attach_lora."""
     doing("loading", recipe.model)
-    model, tokenizer = load_base_model(recipe, recipe.prompts_per_step * recipe.num_generations)
+    model, tokenizer = load_base_model(recipe, recipe.completions_each)
     if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
         model.generation_config = GenerationConfig()
     policy = attach_lora(model, recipe, kept)
@@ -173,7 +174,7 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "max_steps": recipe.max_steps,
         # TRL counts completions, not prompts; all of a step's are generated in one go, then trained on in micro-batches
         "per_device_train_batch_size": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.prompts_per_step * recipe.num_generations // recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.completions_each // recipe.micro_batch_size,
         "num_generations": recipe.num_generations,
         "num_iterations": 1,
         "max_completion_length": recipe.max_completion_length,
@@ -276,15 +277,18 @@ def run(recipe: Recipe) -> None:
         return say(evaluation_table(start.evaluations))
 
     # Preflight: all that can be known before anything slow.
-    model_config, tokenizer = read_model(recipe)
+    with PartialState().main_process_first():
+        model_config, tokenizer = read_model(recipe)
     kept = preflight(recipe, model_config)
     rules.say()
     config = training_arguments(recipe)
     start.lock = start.lock or hold(out)  # one run at a time
+    wait_for(out)
     screen.log_to(out)
 
     # Data and model.
-    train, dev, test = read_questions(recipe, tokenizer, rules)
+    with PartialState().main_process_first():  # the others find what it has downloaded
+        train, dev, test = read_questions(recipe, tokenizer, rules)
     model, tokenizer = load_policy(recipe, kept)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
@@ -335,8 +339,7 @@ def run(recipe: Recipe) -> None:
             evaluations["last"] = measure(trainer.model, tokenizer, test, length, last, rules)
             if not recipe.use_vllm:  # which reads the LoRA from the folder that `measure` is given
                 trainer._load_from_checkpoint(str(best))
-        keep_adapter(best, out)
-        tokenizer.save_pretrained(out / "adapter")
+        keep_adapter(best, tokenizer, out)
         evaluations["after"] = measure(trainer.model, tokenizer, test, length, out / "adapter", rules)
         steps = f"after: step {step_of(best)}" + (f", the best on the way; last: step {step_of(last)}" * (best != last))
         say(f"{len(test)} held-out questions, greedy, same prompt and parser; {steps}")
@@ -398,6 +401,7 @@ def main() -> None:
         say("no GPU      recipes/tiny.yaml is checked, which needs none")
         argv += ["--config", str(SCRIPTS / "recipes" / "tiny.yaml")]
     recipe = parse_recipe(argv)
+    PartialState(cpu=not GPU)  # this process alone, or all that torchrun has started, which meet here
     try:
         check(recipe) if "--check" in argv else run(recipe)
     except RuntimeError as error:

@@ -100,6 +100,7 @@ def main() -> None:
             if self._buffered_inputs is not before:
                 for batch in self._buffered_inputs:
                     batch["advantages"] = torch.full_like(batch["advantages"], 1e-6)
+                    batch["skip"] = False
             return inputs
 
         def _generate_single_turn(self, *args, **kwargs):

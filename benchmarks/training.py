@@ -183,6 +183,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
             if all_answers and self._buffered_inputs is not before:
                 for batch in self._buffered_inputs:
                     batch["advantages"] = torch.full_like(batch["advantages"], 1e-6)  # hardly a gradient, but one
+                    batch["skip"] = False
             return inputs
 
     train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.Trainer = load_and_mark, arguments, Timed

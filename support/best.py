@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -60,9 +61,9 @@ class Development(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        if self.due(state.global_step) and not self.saving.stop_signal:
+        if self.due(state.global_step) and not self.saving.stop():
             self.evaluate(state.global_step)
-        control.should_training_stop |= bool(self.saving.stop_signal)  # that came meanwhile
+        control.should_training_stop |= self.saving.stop()  # a signal may have come meanwhile
         state.best_model_checkpoint = str(best) if (best := self.best()) else state.best_model_checkpoint
 
     on_train_begin = on_save  # also what the process before did not come to, before it was killed
@@ -73,12 +74,15 @@ class Development(TrainerCallback):
         return next((path for path in checkpoints(self.saving.out) if line and step_of(path) == line["step"]), None)
 
 
-def keep_adapter(checkpoint: Path, out: Path) -> None:
-    """Copies the LoRA in `checkpoint` to adapter/ in `out`: in one piece, whoever kills the process."""
-    partial = out / "adapter.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for path in checkpoint.glob("adapter_*"):
-        shutil.copy2(path, partial)
-    shutil.rmtree(out / "adapter", ignore_errors=True)
-    partial.rename(out / "adapter")
+def keep_adapter(checkpoint: Path, tokenizer, out: Path) -> None:
+    """Copies the LoRA in `checkpoint` to adapter/ in `out`, with the tokenizer: in one piece, whoever kills the process."""
+    with PartialState().main_process_first():  # and alone; the others have nothing to do
+        if PartialState().is_main_process:
+            partial = out / "adapter.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for path in checkpoint.glob("adapter_*"):
+                shutil.copy2(path, partial)
+            tokenizer.save_pretrained(partial)
+            shutil.rmtree(out / "adapter", ignore_errors=True)
+            partial.rename(out / "adapter")

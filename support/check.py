@@ -189,7 +189,7 @@ class Check:
     def step(self, trainer) -> None:
         """One step, all answers trained on, and how long the run takes at that rate."""
         recipe = self.recipe
-        completions = recipe.prompts_per_step * recipe.num_generations
+        completions = recipe.completions
         self.begin("step", f"{completions} answers")
         if GPU:
             torch.cuda.reset_peak_memory_stats()

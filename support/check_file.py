@@ -6,6 +6,7 @@ The standard library and yaml alone: it is also written where the libraries cann
 import argparse
 import getpass
 import json
+import os
 import platform
 import re
 from pathlib import Path
@@ -46,7 +47,9 @@ def without_names(value, names: dict[str, str]):
 
 
 def write_check(folder: Path, found: dict, names: dict[str, str]) -> None:
-    """Writes what was `found` to check.json in `folder`, which is made if need be."""
+    """Writes what was `found` to check.json in `folder`, which is made if need be; of several processes the first does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_names(found, names), indent=2, ensure_ascii=False)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")

@@ -44,11 +44,11 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `… | head`: whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), screen.output().fileno())
         sys.exit(141)
-    except StartAgain as error:
-        screen.note(screen.one_line(error.sentence))
-        screen.stop()
-        os.execv(sys.executable, [*sys.orig_argv, *error.arguments])
     except UserError as error:
+        if isinstance(error, StartAgain) and int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun starts all or none
+            screen.note(screen.one_line(error.sentence))
+            screen.stop()
+            os.execv(sys.executable, [*sys.orig_argv, *error.arguments])
         screen.fail(str(error), show_log=error.__cause__ is not None)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -14,6 +14,8 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from scipy.stats import binomtest
 from transformers import TextStreamer
 
@@ -56,7 +58,7 @@ def generate(
     model has the LoRA in it already, and switches it off for the base model. `on_text` gets the text of a single prompt
     piece by piece, as it is generated.
     """
-    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False) if prompts else []
     if hasattr(model, "vllm_engine"):
         from vllm import SamplingParams
 
@@ -130,9 +132,11 @@ def measure(
 ) -> dict[str, float]:
     """The figures of `evaluate` for `questions` (with `prompt` and `answer`), each answered greedily in at most `max_tokens`.
 
-    `adapter`: the folder of the LoRA to measure, None for the base model; see `generate`.
+    `adapter`: the folder of the LoRA to measure, None for the base model; see `generate`. Of several processes each
+    answers its share, and all get the same figures.
     """
-    completions = generate(model, tokenizer, questions["prompt"][:], max_tokens, adapter=adapter)
+    with PartialState().split_between_processes(questions["prompt"][:]) as prompts:
+        completions = gather_object(generate(model, tokenizer, prompts, max_tokens, adapter=adapter))
     return evaluate(completions, questions["answer"][:], rules=rules)
 
 

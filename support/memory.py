@@ -53,7 +53,7 @@ def estimate_memory(config, recipe: Recipe, card_gib: float, kept: int = 0) -> d
     lora, linear, embeddings = parameter_counts(config, recipe.lora_rank)
     q, kv = (linear_shapes(config)[name][1] for name in ("q_proj", "k_proj"))
     sequence = recipe.max_prompt_length + recipe.max_completion_length
-    completions = recipe.prompts_per_step * recipe.num_generations
+    completions = recipe.completions_each
 
     weights = linear * (4.127 / 8 if recipe.load_in_4bit else 2) + embeddings * 2
     kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
@@ -134,7 +134,7 @@ def memory_advice(recipe: Recipe, resumed: bool = False, error: Exception | None
             "vLLM's share of the card is not free: end what holds the rest (nvidia-smi lists it), or try "
             f"--gpu_memory_utilization {max(share - 0.1, 0.05):g}."
         )
-    completions = recipe.prompts_per_step * recipe.num_generations
+    completions = recipe.completions_each
     lower = {
         "micro_batch_size": max(d for d in range(1, max(recipe.micro_batch_size // 2, 1) + 1) if completions % d == 0),
         "max_completion_length": max(recipe.max_completion_length * 3 // 4, 64),

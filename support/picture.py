@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+from accelerate import PartialState
+
 from rewards import MAX_REWARDS, REWARD_FUNCS
 from support.evaluation import best_evaluation
 from support.resuming import read_json_lines
@@ -23,6 +25,8 @@ def draw_reward_curve(out: Path, maxima: dict[str, float] | None = None) -> None
     `maxima`: the best value of each reward function, by its name; if None, of those in rewards.py. Titles and legend
     are in Chinese too where matplotlib finds a font for it.
     """
+    if not PartialState().is_main_process:
+        return
     os.environ["MPLBACKEND"] = "agg"  # Colab's own setting names a backend that is not installed here
     from matplotlib import font_manager, rc_context
 

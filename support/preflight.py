@@ -28,6 +28,16 @@ from support.templates import adapt_template
 if TYPE_CHECKING:
     from support.settings import Recipe
 
+
+def take_own_card() -> None:
+    """Under torchrun a process sees one card, its own: unsloth and vLLM put everything on the first that they see."""
+    if place := os.environ.get("LOCAL_RANK"):
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(place)] if int(place) < len(cards) > 1 else place
+        os.environ["LOCAL_RANK"] = "0"
+
+
+take_own_card()
 # requirements-cpu.txt leaves unsloth out: after it, a machine with a card runs as one without
 GPU = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
 MODEL_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of a model that cannot be loaded
@@ -64,7 +74,7 @@ def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> fl
     flops = 2 * n**3 / seconds(lambda: a @ a)
     bandwidth = 2 * b.nbytes / seconds(b.clone)
     sequence = (recipe.max_prompt_length + recipe.max_completion_length) / 2  # most are shorter than the limits
-    tokens = recipe.prompts_per_step * recipe.num_generations * sequence
+    tokens = recipe.completions_each * sequence
     generation = recipe.max_completion_length * max(3 * weight_gib * GIB / bandwidth, 0.008)
     operations = 6 if recipe.gradient_checkpointing else 4
     return recipe.max_steps * (generation + 3 * operations * parameters * tokens / flops + 0.5) / 60
@@ -251,9 +261,10 @@ def preflight(recipe: Recipe, config) -> int:
     lora, linear, embeddings = parameter_counts(config, recipe.lora_rank)
     check_disk(4 * lora / GIB, recipe)
     check_disk_for_model(parts["weights"], recipe)
-    completions = recipe.prompts_per_step * recipe.num_generations
+    completions = recipe.completions
+    shared = f", {recipe.completions_each} on each of {recipe.processes} processes" if recipe.processes > 1 else ""
     say(
-        f"step        {recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions, "
+        f"step        {recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions{shared}, "
         f"in micro-batches of {recipe.micro_batch_size}"
     )
     say(

@@ -7,12 +7,15 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from support.errors import UserError
 from support.rules import Rules
@@ -47,6 +50,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    if not PartialState().is_main_process:  # of several, which all come here, one writes
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
@@ -79,6 +84,9 @@ def mark_complete(checkpoint: Path, recipe: Recipe, questions: int, rules: Rules
 
     A checkpoint without it was not finished. `mend`: the user's file of rewards has failed, and a mended one may go on.
     """
+    PartialState().wait_for_everyone()  # each process has saved its random state
+    if not PartialState().is_main_process:
+        return
     (checkpoint / "complete.json").unlink(missing_ok=True)
     files = {
         str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -86,6 +94,7 @@ def mark_complete(checkpoint: Path, recipe: Recipe, questions: int, rules: Rules
         if path.is_file() and not path.name.startswith("complete.json")
     }
     content = {"recipe": dataclasses.asdict(recipe), "questions": questions, "files": files}
+    content["processes"] = recipe.processes
     if rules.file:
         content |= {"rewards_sha256": rules.digest, "mend": mend}
     write_json(checkpoint / "complete.json", content)
@@ -114,7 +123,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
     if not recipe.resume:
         begun = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
         if found or begun or (out / "adapter").exists():
-            this = [sys.executable, *sys.argv]
+            this = [*interpreter(), *sys.argv]
             flaws = {flaw(checkpoint) for checkpoint in found}
             if None in flaws:
                 held = f". Continue it: {shlex.join([*this, '--resume'])} or start"
@@ -161,7 +170,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
 class Start:
     """Where a run begins: after the last step of `checkpoint`, or, without one, at step 1."""
 
-    lock: TextIO | None  # the folder is held as long as this is open
+    lock: TextIO | None  # the folder is held as long as this is open, by the first of several processes
     checkpoint: Path | None = None
     used: int = 0  # questions, by the steps up to there
     changed: list[str] = field(default_factory=list)  # settings with other values than the checkpoint's
@@ -172,6 +181,9 @@ class Start:
     def step(self) -> int:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
+    def __getstate__(self):  # for the other processes
+        return vars(self) | {"lock": None}
+
     def evaluation_before(self, n: int) -> dict | None:
         """The evaluation before step 1, if it was made, on `n` questions and with today's lengths and rewards."""
         before = self.evaluations.get("before")
@@ -180,7 +192,15 @@ class Start:
 
 
 def find_start(recipe: Recipe, rules: Rules) -> Start:
-    """Where `recipe` begins, and what an earlier run of it left. Raises UserError where it cannot begin there."""
+    """Where `recipe` begins, and what an earlier run of it left: of several processes one looks, and tells the others.
+
+    Raises UserError where it cannot begin there.
+    """
+    start = [look_for_start(recipe, rules) if PartialState().is_main_process else None]
+    return broadcast_object_list(start)[0]
+
+
+def look_for_start(recipe: Recipe, rules: Rules) -> Start:
     out = Path(recipe.output_dir)
     start = Start(hold(out) if out.exists() else None)
     start.checkpoint = find_checkpoint(recipe)
@@ -189,6 +209,10 @@ def find_start(recipe: Recipe, rules: Rules) -> Start:
     written = json.loads((start.checkpoint / "complete.json").read_text(encoding="utf-8"))
     start.changed = check_same_rewards(rules, start.checkpoint, written)
     start.changed += check_same_run(recipe, start.checkpoint, written["recipe"])
+    if (before := written.get("processes", 1)) != recipe.processes:
+        say(
+            f"changed     processes: {before} before, {recipe.processes} from here on; answers are sampled in another order"
+        )
     start.used = written.get("questions", start.step * written["recipe"]["prompts_per_step"])
     if (out / "eval.json").exists():
         start.evaluations = json.loads((out / "eval.json").read_text(encoding="utf-8"))
@@ -204,12 +228,15 @@ def find_start(recipe: Recipe, rules: Rules) -> Start:
     return start
 
 
-def hold(out: Path) -> TextIO:
+def hold(out: Path) -> TextIO | None:
     """Makes the output folder and holds it for this process, as long as the file that is returned is open.
 
     Raises UserError where the folder, or a file in it, cannot be made, or where another process holds it. The system
-    forgets the lock when the process ends, however it ends; what is left of the file holds nobody up.
+    forgets the lock when the process ends, however it ends; what is left of the file holds nobody up. Of several
+    processes of one run the first holds it.
     """
+    if not PartialState().is_main_process:
+        return None
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("a")
@@ -228,6 +255,15 @@ def hold(out: Path) -> TextIO:
     except OSError:  # a mounted folder may know no locks
         pass
     return file
+
+
+def wait_for(out: Path) -> None:
+    """Waits until the first process has made the output folder. Raises UserError where this one does not see it."""
+    PartialState().wait_for_everyone()
+    if not (out / LOCK).exists():
+        raise UserError(
+            f"{socket.gethostname()} does not see {out}: several hosts need an --output_dir that they share."
+        )
 
 
 def check_present(out: Path) -> None:
@@ -275,6 +311,8 @@ def check_same_run(recipe: Recipe, checkpoint: Path, written: dict) -> list[str]
 
 def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
     """Removes what the output folder holds from after `checkpoint` (None: everything)."""
+    if not PartialState().is_main_process:
+        return
     out = Path(recipe.output_dir)
     step = step_of(checkpoint) if checkpoint else 0
     for later in checkpoints(out):
@@ -295,7 +333,16 @@ def command(recipe: Recipe, *arguments: str) -> str:
     """A shell command that runs this recipe again, with further `arguments`."""
     written = Path(recipe.output_dir) / "recipe.yaml"
     where = ["--config", str(written), "--output_dir", recipe.output_dir]  # the folder may have been moved
-    return shlex.join([sys.executable, sys.argv[0], *where, *arguments])
+    return shlex.join([*interpreter(), sys.argv[0], *where, *arguments])
+
+
+def interpreter() -> list[str]:
+    """What starts the script: Python or, as torchrun has started this, torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return [sys.executable]
+    hosts, each = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    several = ["--nnodes", hosts] if hosts != "1" else []  # its other arguments are of the host
+    return [sys.executable, "-m", "torch.distributed.run", *several, "--nproc_per_node", each]
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -308,6 +355,8 @@ def read_json_lines(path: Path) -> list[dict]:
 
 def write_json_lines(path: Path, records: list[dict], append: bool = False) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if append and not PartialState().is_main_process:
+        return
     if append:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)

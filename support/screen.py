@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
@@ -23,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from support.check_file import output_dir_of, write_check
 from support.pins import INSTALL, differences, differing
 
-LOG = "libraries.log"
+RANK = os.environ.get("RANK", "0")  # of this process among those of torchrun: the first one has the screen
+LOG = "libraries.log" if RANK == "0" else f"libraries-{RANK}.log"
 LINES = 15  # of the log, under an error
 
 _out: TextIO | None = None  # the real standard output and error, while 1 and 2 lead to the log
@@ -114,6 +116,8 @@ def output() -> TextIO:
 
 def say(text: str, end: str = "\n") -> None:
     """Prints `text`, and ends the line that counts seconds, but for a bar, which stays below."""
+    if RANK != "0":
+        return
     try:
         if _live and _live.tasks[0].total:
             _live.console.out(text, highlight=False, end=end)
@@ -151,6 +155,8 @@ def doing(label: str, what: str, total: int | None = None) -> None:
     done()
     if _log:
         _since = os.fstat(1).st_size
+    if RANK != "0":
+        return
     text = f"{label:12}{what}"
     if _out and _out.isatty() and _err.isatty():
         columns = [TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
@@ -184,9 +190,28 @@ def done() -> None:
         _live = None
 
 
+def first_to_end() -> bool:
+    """Whether no other process of this run has said yet why it ends: torchrun keeps the count, and then ends them all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from torch.distributed import TCPStore
+
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except Exception:  # without torchrun the first process has kept it, and may be gone
+        return True
+
+
 def fail(sentence: str, show_log: bool) -> None:
-    """Prints `error: sentence` and, with `show_log`, what the libraries wrote last since `doing`, and where the rest is."""
+    """Prints `error: sentence` and, with `show_log`, what the libraries wrote last since `doing`, and where the rest is.
+
+    Of the processes of one run the first that ends says so; the others end because it did.
+    """
     global _temporary
+    if not first_to_end():
+        return
     note(f"error: {sentence}")
     if show_log and (lines := _last_lines()):
         note("\n".join(f"    {line}" for line in [*lines, f"… more in {_log}"]))

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -52,7 +53,7 @@ class Recipe:
     max_steps: int = setting(80, "optimiser steps")
     prompts_per_step: int = setting(8, "questions a step")
     num_generations: int = setting(6, "answers to each question: the group whose mean is the baseline")
-    micro_batch_size: int = setting(12, "answers in one backward pass; lower it when memory runs out")
+    micro_batch_size: int = setting(12, "answers in one backward pass of one card; lower it when memory runs out")
     max_prompt_length: int = setting(256, "tokens; longer questions are dropped")
     max_completion_length: int = setting(256, "tokens; longer answers are cut off")
     temperature: float = setting(0.7, "answers are sampled, and their probabilities trained, at this temperature")
@@ -111,6 +112,21 @@ class Recipe:
     def alpha(self) -> int:
         """The LoRA's alpha, which `lora_alpha` 0 leaves to the rank."""
         return self.lora_alpha or self.lora_rank
+
+    @property
+    def completions(self) -> int:
+        """Answers a step, of all processes."""
+        return self.prompts_per_step * self.num_generations
+
+    @property
+    def processes(self) -> int:
+        """How many processes torchrun or accelerate launch has started, each with a card of its own."""
+        return int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
+    def completions_each(self) -> int:
+        """Answers a step of one process."""
+        return self.completions // self.processes
 
 
 def load_recipe(config: str | Path | None = None) -> Recipe:
@@ -208,10 +224,16 @@ def check_recipe(recipe: Recipe) -> None:
     for name in ("gpu_memory_utilization", "warmup_ratio", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(recipe, name) < 1:
             raise UserError(f"--{name} {getattr(recipe, name)} must lie between 0 and 1.")
-    completions = recipe.prompts_per_step * recipe.num_generations
+    prompts, processes, completions = recipe.prompts_per_step, recipe.processes, recipe.completions_each
+    if prompts % processes:
+        raise UserError(
+            f"{prompts} prompts a step cannot be shared out evenly among {processes} processes: "
+            f"give --prompts_per_step {max(prompts // processes, 1) * processes}."
+        )
     if completions % recipe.micro_batch_size:
         divisor = max(d for d in range(1, recipe.micro_batch_size) if completions % d == 0)
         raise UserError(
-            f"{recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions do not "
-            f"divide into micro-batches of {recipe.micro_batch_size}: give --micro_batch_size {divisor}."
+            f"{prompts} prompts × {recipe.num_generations} answers{f' ÷ {processes} processes' * (processes > 1)} = "
+            f"{completions} completions do not divide into micro-batches of {recipe.micro_batch_size}: "
+            f"give --micro_batch_size {divisor}."
         )

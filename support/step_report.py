@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from support import screen
@@ -181,10 +182,10 @@ class Report(TrainerCallback):
         return self.start.used + (step - self.start.step) * self.recipe.prompts_per_step
 
     def samples_of(self, step: int) -> list[dict]:
-        """The lines of samples.jsonl for a step: every completion with its rewards."""
+        """The lines of samples.jsonl for a step: every completion, of every process, with its rewards."""
         rollout = self.rollout
         rows = zip(rollout["prompts"], rollout["completions"], rollout["answers"], strict=True)
-        return [
+        lines = [
             {
                 "step": step,
                 "question": prompt[-1]["content"],
@@ -194,6 +195,7 @@ class Report(TrainerCallback):
             }
             for i, (prompt, completion, answer) in enumerate(rows)
         ]
+        return gather_object(lines)
 
 
 def duration(seconds: float) -> str:

@@ -1,12 +1,15 @@
 """How a run ends before its time: on Ctrl-C, SIGTERM, a closed terminal or an error it leaves a checkpoint, and says how to go on."""
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -19,6 +22,7 @@ from support.resuming import (
     checkpoints,
     command,
     flaw,
+    interpreter,
     mark_complete,
     write_json,
     write_json_lines,
@@ -29,23 +33,36 @@ from support.screen import note, say
 from support.settings import Recipe
 from support.step_report import Report
 
+PATIENCE = 20  # seconds: torchrun gives a process 30 between the signal and the end
+
 
 class Saving(TrainerCallback):
     """Marks checkpoints as complete and, as a context manager, leaves one on signals and errors.
 
-    In training a signal finishes the step. At any other time, and a second time, it does not wait.
+    In training a signal finishes the step. At any other time, and a second time, it does not wait. Several processes
+    agree on what a signal has told any of them, and after an error save nothing: to save takes all of them.
     """
 
     def __init__(self, recipe: Recipe, trainer: GRPOTrainer, report: Report):
         self.recipe, self.trainer, self.report = recipe, trainer, report
         self.out = Path(recipe.output_dir)
-        self.stop_signal, self.in_training = None, False
+        self.told, self.stop_signal, self.in_training = (
+            None,
+            None,
+            False,
+        )  # told: this process; stop_signal: all of them
+        self.ended = threading.Event()
 
     def __enter__(self):
         stops = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             stops.append(signal.SIGHUP)  # its terminal has been closed
         self.handlers = {signum: signal.signal(signum, self.on_signal) for signum in stops}
+        if self.recipe.processes > 1:
+            self.read, write = os.pipe()
+            os.set_blocking(write, False)
+            signal.set_wakeup_fd(write)
+            threading.Thread(target=self.end_in_time, daemon=True).start()
         return self
 
     def __exit__(self, kind, error, trace):
@@ -54,21 +71,37 @@ class Saving(TrainerCallback):
             if isinstance(error, RewardsError) or isinstance(error, Exception) and not isinstance(error, UserError):
                 self.save_after_error(error)
         finally:
+            self.ended.set()
             for signum, handler in self.handlers.items():
-                signal.signal(signum, handler)
+                # torchrun tells the others of an error, and this process shall say why it ends
+                signal.signal(signum, signal.SIG_IGN if error and self.recipe.processes > 1 else handler)
+
+    def end_in_time(self):
+        """In a thread: after a signal ends the process before torchrun does, where it is still waiting for another one.
+
+        That one may have ended. Python's handlers wait for the library that waits for it; a wake-up does not.
+        """
+        signum = os.read(self.read, 1)[0]
+        if not self.ended.wait(PATIENCE) and screen.first_to_end():
+            note(f"{signal.Signals(signum).name}: the step did not end within {PATIENCE} s; {self.how_to_go_on()}")
+        if not self.ended.is_set():
+            os._exit(128 + signum)
+
+    def how_to_go_on(self) -> str:
+        newest = next((path for path in checkpoints(self.out) if not flaw(path)), None)
+        if self.report.begun:
+            how = command(self.recipe, "--resume", *([] if newest else ["auto"]))
+        else:  # nothing has changed yet
+            how = shlex.join([*interpreter(), *sys.argv])
+        return f"the newest checkpoint is {newest}. Go on with: {how}"
 
     def on_signal(self, signum, frame):
-        waits = self.in_training and not self.stop_signal
+        waits = self.in_training and not self.told
         if waits:
-            self.stop_signal = signum
+            self.told = signum
             words = "finishing this step, then saving a checkpoint"
         else:
-            newest = next((path for path in checkpoints(self.out) if not flaw(path)), None)
-            if self.report.begun:
-                how = command(self.recipe, "--resume", *([] if newest else ["auto"]))
-            else:  # nothing has changed yet
-                how = shlex.join([sys.executable, *sys.argv])
-            words = f"the newest checkpoint is {newest}. Go on with: {how}"
+            words = self.how_to_go_on()
         with contextlib.suppress(OSError):  # of `| tee`, which Ctrl-C ends too, and of a terminal that is gone
             say(f"{signal.Signals(signum).name}: {words}")
         if not waits:
@@ -80,8 +113,13 @@ class Saving(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.in_training = False
 
+    def stop(self) -> bool:
+        """Whether a signal has told any of the processes to stop. All of them ask at the same points."""
+        self.stop_signal = next(filter(None, gather_object([self.told])), None)
+        return bool(self.stop_signal)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.stop_signal:
+        if self.stop():
             control.should_save = control.should_training_stop = True
 
     on_log = on_step_end  # a signal may come between the two
@@ -95,7 +133,7 @@ class Saving(TrainerCallback):
 
     def leave_if_stopped(self) -> None:
         """Ends the script where a signal has ended the training."""
-        if self.stop_signal:
+        if self.stop():
             screen.done()
             say(f"stopped after step {self.trainer.state.global_step}; the checkpoint is in {checkpoints(self.out)[0]}")
             say(f"continue with: {command(self.recipe, '--resume')}")
@@ -114,7 +152,15 @@ class Saving(TrainerCallback):
                 raise UserError(f"cannot write to {out}: {error}. No step was finished.") from error
             if isinstance(error, ImportError):  # of an optimiser that needs a package of its own
                 raise UserError(" ".join(str(error).split())) from error
-            return
+            if recipe.processes == 1:
+                return
+        if recipe.processes > 1:
+            reason = (
+                memory_advice(recipe, resumed=True) if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            )
+            raise UserError(
+                f"process {screen.RANK} of {recipe.processes} stopped ({reason}); {self.how_to_go_on()}"
+            ) from error
 
         def save():
             trainer._save_checkpoint(trainer.model, trial=None)

@@ -11,13 +11,17 @@ from trl.trainer.utils import split_tensor_dict
 from support.schedule import take_rate
 from support.training_pass import prompts_shared, share_prompts
 
+# torch does not know the name that accelerate has for the CPU of several processes, to which a checkpoint is loaded
+torch.serialization.register_package(5, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None)
+
 
 class Trainer(GRPOTrainer):
     """TRL's trainer, but it spends no time on answers that teach nothing, and little on padding.
 
     Where all answers of a group earn the same, their advantages are 0, and so are their gradients, as long as there is
     no KL term. That is most groups while the policy can do little, and again once it can do most. Such answers are moved
-    into micro-batches of their own, and those are skipped. The others are put in the order of their lengths, and each
+    into micro-batches of their own, and those are skipped: as many as every process has, and first, for DDP averages the
+    gradients over the processes in the last one. The others are put in the order of their lengths, and each
     micro-batch is cut to its longest prompt and answer. The sum of the gradients stays what it was (but with bnpo,
     which takes the mean over the tokens of whatever a micro-batch holds). Where a micro-batch holds whole groups, all of
     this is done with whole groups, so that unsloth computes a prompt once for its group (support/training_pass.py).
@@ -95,12 +99,15 @@ class Trainer(GRPOTrainer):
         ones, nothing = torch.ones_like(groups), (step["advantages"] == 0).long()
         idle = ones.scatter_reduce(0, groups, nothing, "amin").bool()[groups]
         longest = ones.scatter_reduce(0, groups, step["completion_mask"].sum(dim=1), "amax")[groups]
-        # the longest first, the idle ones last
-        order = torch.where(idle, longest, -longest - 1) * len(groups) + groups
+        # the idle ones first, then the longest
+        order = torch.where(idle, longest - 2**30, -longest) * len(groups) + groups
         order = order.argsort(stable=True).cpu()
         step = {name: value if value is None or value.ndim == 0 else value[order] for name, value in step.items()}
         self._buffered_inputs = split_tensor_dict(step, len(batches))
-        for batch in self._buffered_inputs:
+        busy = sum(batch["advantages"].any() for batch in self._buffered_inputs)
+        skipped = len(batches) - self.accelerator.gather(busy).max().item()
+        for place, batch in enumerate(self._buffered_inputs):
+            batch["skip"] = place < skipped
             prompt, completion = (batch[f"{part}_mask"].sum(dim=1).max() for part in ("prompt", "completion"))
             for kind in ("ids", "mask"):
                 batch[f"prompt_{kind}"] = batch[f"prompt_{kind}"][:, -prompt:]  # padded on the left
@@ -108,7 +115,7 @@ class Trainer(GRPOTrainer):
         return self._buffered_inputs[0]
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.beta == 0 and not inputs["advantages"].any():
+        if inputs.get("skip"):
             return 0 * sum(weights.sum() for weights in model.parameters() if weights.requires_grad)
         with self._shared(self):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
