@@ -15,7 +15,7 @@ no_tune             ours, but vLLM's kernels for the LoRA cut their work as vLLM
 no_share, no_fuse   ours, but a prompt is computed anew for each of its answers; q, k and v one by one
 no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
 
-A variant may bring settings of its own: "ours --prompts_per_step 16".
+A variant may bring settings of its own: "ours --prompts_per_step 16". With --processes 2 each runs under torchrun, on two cards.
 --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
 empty caches for compiled code (a step or two), then with those caches. Prints the seconds from the start of the process
 to the first optimiser step, cold and warm; of the steps after the second, the median seconds, how they divide, completions
@@ -84,6 +84,7 @@ CACHES = [
 def measure(variant: str, settings: list[str], started: float, all_answers: bool, json_file: Path) -> None:
     """One variant, in this process: writes what it measured to `json_file`."""
     variant, *own = shlex.split(variant)
+    from support import screen
     from support.memory import GIB, limit_memory, parameter_counts
     from support.preflight import GPU, check_machine, compute_dtype
 
@@ -198,6 +199,8 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         train_grpo.preflight = lambda *args: 0
         train_grpo.attach_lora = lambda model, *_: model
     train_grpo.run(recipe)
+    if screen.RANK != "0":
+        return
 
     metrics = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
     for step, logged in zip(steps, metrics, strict=True):
@@ -267,6 +270,7 @@ def main() -> None:
         help="train on answers without advantage too: for a model with random weights, which earns nothing",
     )
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    parser.add_argument("--processes", type=int, default=1, help="each with a card of its own")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     args, settings = parser.parse_known_args()
     for variant in args.variants:
@@ -286,7 +290,9 @@ def main() -> None:
                 steps += ["--output_dir", str(Path(folder, f"{number}-{start}"))]
                 quick = ["--eval_samples", "8", "--save_steps", "1000000", "--sample_steps", "1000000"]
                 quick += ["--dev_samples", "0"]
-                command = [sys.executable, "-m", "benchmarks.training", variant, *quick, *settings, *steps]
+                several = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)]
+                command = [sys.executable, *(several if args.processes > 1 else [])]
+                command += ["-m", "benchmarks.training", variant, *quick, *settings, *steps]
                 command += ["--all_answers"] if args.all_answers else []
                 command += ["--json", str(path), "--child", str(time.time())]
                 print(f"--- {variant}, {start}", flush=True)

@@ -10,7 +10,6 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from benchmarks.learning import seconds_to
 from benchmarks.profile import table
 from benchmarks.t4 import compare, kernels_table, spill_bytes, write_adapter
 
@@ -21,29 +20,37 @@ def run(*argv: str) -> str:
     return done.stdout
 
 
-def test_seconds_to_an_accuracy_lie_on_the_line_between_two_measurements():
-    curve = [{"seconds": s, "strict": a} for s, a in [(50, 0.1), (80, 0.3), (110, 0.2), (140, 0.5)]]
-    assert seconds_to(curve, 0.2) == pytest.approx(65)
-    assert seconds_to(curve, 0.4) == pytest.approx(130)
-    assert seconds_to(curve, 0.05) == 50
-    assert seconds_to(curve, 0.6) is None
+@pytest.fixture
+def runs(tmp_path):
+    """Two recipes, one of them with two seeds and one that is not done yet, as folders of files."""
+
+    def write(name, strict, after):
+        folder = tmp_path / name
+        folder.mkdir()
+        figures = {"lenient": 0.5, "n": 40}
+        steps = [{"step": i + 1, "reward": float(i), "seconds": 30.0} for i in range(len(strict))]
+        way = [{"step": i + 1, "strict": s, **figures} for i, s in enumerate(strict)]
+        test = {"before": {"strict": 0.25, **figures}}
+        if after:
+            test |= {"after": {"strict": after, **figures}, "best_step": 2}
+        (folder / "recipe.yaml").write_text("prompts_per_step: 4\nnum_generations: 3\n")
+        (folder / "eval.json").write_text(json.dumps(test))
+        for file, lines in {"metrics": steps, "evaluations": way}.items():
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write("quick-1", [0.3, 0.6, 0.55], 0.58)
+    write("quick-2", [0.4, 0.45, 0.7], 0.62)
+    write("slow", [0.2, 0.3], None)
+    return tmp_path
 
 
-def test_learning_measures_the_policy_as_it_trains(tmp_path):
-    recipe = "recipes/tiny.yaml --prompts_per_step 2 --micro_batch_size 16"
-    settings = ["--max_steps", "3", "--eval_samples", "10", "--micro_batch_size", "999"]  # the recipe's own 16 wins
-    settings += ["--max_completion_length", "24", "--eval_length", "24", "--interval", "0"]
-    printed = run("benchmarks.learning", str(tmp_path), recipe, "--seeds", "7", *settings)
-    curve = [json.loads(line) for line in (tmp_path / "tiny-7/curve.jsonl").read_text().splitlines()]
-    assert [point["step"] for point in curve] == [0, 1, 2, 3]
-    assert all(point["n"] == 10 for point in curve)
-    assert json.loads((tmp_path / "tiny-7/eval.json").read_text())["after"]["n"] == 10
-    assert "seed: 7\n" in (tmp_path / "tiny-7/recipe.yaml").read_text()
-    times = [point["seconds"] for point in curve]
-    assert times == sorted(times)
-    assert (tmp_path / "learning.png").stat().st_size > 10_000
-    assert "tiny" in printed
-    assert run("benchmarks.learning", str(tmp_path)).strip() in printed  # again, from the files
+def test_learning_sets_runs_side_by_side(runs):
+    printed = run("benchmarks.learning", str(runs))
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][2:]
+    assert rows[0] == ["quick", "1", "12", "3", "25.0% → 58.0% (2)", "50.0% → 50.0%", "58.0%", "1.5", "1.0"]
+    assert rows[1][-1] == "1.5" and "mean 60.0% (58.0% to 62.0%)" in rows[2][4]
+    assert rows[3][4:] == ["25.0% → …", "50.0% → …", "…", "1.0", "never"]
+    assert (runs / "learning.png").stat().st_size > 10_000
 
 
 def test_training_divides_a_step_into_its_parts(tmp_path):

@@ -1,8 +1,10 @@
 """Several processes, as torchrun starts them: on a CPU, with gloo and the tiny policy. They train one policy, and end together."""
 
+import dataclasses
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,11 +13,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
+from test_preflight import QWEN_7B as QWEN
 
 from support import preflight, screen
+from support.errors import UserError
+from support.memory import estimate_memory
 from support.resuming import read_json_lines
+from support.settings import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -207,26 +214,65 @@ def test_two_hosts(tmp_path):
     assert equal(*loras(out, 2))
 
 
+def test_what_is_wrong_is_said_once(tmp_path):
+    status, said = run(2, tmp_path / "out", "--model", "nowhere/at-all", script="train_grpo.py")
+    assert status != 0
+    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1 and sentences[0].startswith("error: cannot load the model nowhere/at-all: "), said
+
+
 @pytest.mark.parametrize(
-    "settings, sentence",
+    "settings, processes, sentence",
     [
+        ([3, 4, 2], 2, "3 prompts a step cannot be shared out evenly among 2 processes: give --prompts_per_step 2."),
+        ([3, 4, 2], 8, "3 prompts a step cannot be shared out evenly among 8 processes: give --prompts_per_step 8."),
         (
-            ["--prompts_per_step", "3"],
-            "3 prompts a step cannot be shared out evenly among 2 processes: give --prompts_per_step 2.",
-        ),
-        (
-            ["--micro_batch_size", "32"],
+            [8, 4, 32],
+            2,
             "8 prompts × 4 answers ÷ 2 processes = 16 completions do not divide into micro-batches of 32: "
             "give --micro_batch_size 16.",
         ),
-        (["--model", "nowhere/at-all"], "cannot load the model nowhere/at-all: "),
+        ([8, 4, 16], 2, None),
     ],
 )
-def test_what_is_wrong_is_said_once(tmp_path, settings, sentence):
-    status, said = run(2, tmp_path / "out", *settings, script="train_grpo.py")
-    assert status != 0
-    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(sentences) == 1 and sentences[0].startswith(f"error: {sentence}"), said
+def test_a_step_is_shared_out_evenly(monkeypatch, settings, processes, sentence):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    names = ["--prompts_per_step", "--num_generations", "--micro_batch_size"]
+    argv = [text for name, value in zip(names, settings, strict=True) for text in (name, str(value))]
+    if sentence:
+        with pytest.raises(UserError) as error:
+            parse_recipe(argv)
+        assert str(error.value) == sentence
+    else:
+        recipe = parse_recipe(argv)
+        assert (recipe.completions, recipe.completions_each) == (32, 16)
+        # a card holds its own answers
+        one = estimate_memory(QWEN, dataclasses.replace(recipe, use_vllm=False), 24)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert one["KV cache"] * 2 == estimate_memory(QWEN, dataclasses.replace(recipe, use_vllm=False), 24)["KV cache"]
+
+
+def test_verl_can_score_with_our_rewards(monkeypatch, tmp_path):
+    """The code in docs/scaling.md, on the tiny questions."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)[1]
+    code = code.replace("HUB_ID, load_questions", "load_questions\n    HUB_ID = 'tiny/questions'")
+    code = code.replace('"Qwen/Qwen2.5-7B-Instruct"', '"tiny"')
+    (tmp_path / "to_verl.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for folder in ("tiny", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    subprocess.run([sys.executable, "to_verl.py"], cwd=tmp_path, env=environment, check=True)
+    rows = pandas.read_parquet(tmp_path / "train.parquet")
+    assert {"data_source", "prompt", "ability", "reward_model", "extra_info"} == set(rows.columns)
+    row = rows.iloc[0]
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"] and row["reward_model"][
+        "style"
+    ] == "rule"
+    scored = runpy.run_path(str(tmp_path / "to_verl.py"))
+    label = row["reward_model"]["ground_truth"]
+    answer = f"<reasoning>\n算\n</reasoning>\n<answer>\n{label}\n</answer>\n"
+    assert scored["compute_score"]("tiny/questions", answer, label) == 4.0
+    assert scored["compute_score"]("tiny/questions", "不知道", label, extra_info={}) == 0.0
 
 
 @pytest.mark.parametrize(
