@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import shutil
 from pathlib import Path
 
@@ -79,3 +80,13 @@ def test_every_requirement_is_pinned_for_every_python_that_may_run_it(version):
         for line in (ROOT / file).read_text().splitlines():
             if line[0] not in "#-":
                 assert canonicalize_name(Requirement(line.partition("#")[0]).name) in pinned
+
+
+@pytest.mark.parametrize(
+    "document",
+    [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("[!.]*/*.md")) + sorted(ROOT.glob("*.md"))],
+)
+def test_links_between_documents_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+        assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"
