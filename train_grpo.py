@@ -369,6 +369,7 @@ def check(recipe: Recipe) -> None:
         config = training_arguments(replace(recipe, max_steps=1))
         config.save_strategy = "no"
         lock = hold(Path(recipe.output_dir))  # noqa: F841  as long as it is open, no run begins beside this
+        wait_for(Path(recipe.output_dir))
         screen.log_to(Path(recipe.output_dir))
         checking.machine()
         if GPU:
