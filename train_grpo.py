@@ -26,6 +26,7 @@ from support import screen  # before what prints, as every library below does
 if __name__ == "__main__":
     screen.start()
 
+import importlib.util
 import math
 import os
 import shlex
@@ -42,6 +43,7 @@ from support.preflight import (
     GPU,
     MODEL_ERRORS,
     check_machine,
+    check_processes,
     commit_of,
     compute_dtype,
     model_error,
@@ -57,6 +59,9 @@ if GPU:
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     # No FlashInfer, which compiles itself for minutes at its first start.
     os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
+    # Prompts are shared through xFormers (training_pass.py). Without it unsloth takes FlexAttention, which fails on a T4.
+    if importlib.util.find_spec("xformers") is None:
+        os.environ["UNSLOTH_GRPO_PREFIX_GROUPER"] = "0"
     # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
     os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
     # before trl, transformers and peft, which it patches, and before CUDA starts, whose allocator it sets up
@@ -65,6 +70,7 @@ if GPU:
     turing.after_unsloth()
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
@@ -331,7 +337,7 @@ def run(recipe: Recipe) -> None:
 
         # adapter/ is the policy that was best on the way; the evaluation after is of it, as it was saved.
         check_present(out)
-        last, best = checkpoints(out)[0], development.best() or checkpoints(out)[0]
+        last, best = broadcast_object_list([checkpoints(out)[0], development.best() or checkpoints(out)[0]])
         evaluations = {"before": before}
         doing("answering", f"{len(test)} held-out questions")
         length = recipe.max_completion_length
@@ -402,6 +408,7 @@ def main() -> None:
         say("no GPU      recipes/tiny.yaml is checked, which needs none")
         argv += ["--config", str(SCRIPTS / "recipes" / "tiny.yaml")]
     recipe = parse_recipe(argv)
+    check_processes(recipe)
     PartialState(cpu=not GPU)  # this process alone, or all that torchrun has started, which meet here
     try:
         check(recipe) if "--check" in argv else run(recipe)

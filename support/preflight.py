@@ -31,16 +31,31 @@ if TYPE_CHECKING:
 
 def take_own_card() -> None:
     """Under torchrun a process sees one card, its own: unsloth and vLLM put everything on the first that they see."""
-    if place := os.environ.get("LOCAL_RANK"):
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(place)] if int(place) < len(cards) > 1 else place
-        os.environ["LOCAL_RANK"] = "0"
+    place, cards = os.environ.get("LOCAL_RANK"), os.environ.get("CUDA_VISIBLE_DEVICES") or None
+    if place is None:
+        return
+    if cards is None:
+        cards = place
+    elif "," in cards:  # one alone is this process's own already
+        cards = (cards.split(",") + ["-1"] * int(place))[int(place)]  # none, where there are more processes than cards
+    os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"] = cards, "0"
 
 
 take_own_card()
 # requirements-cpu.txt leaves unsloth out: after it, a machine with a card runs as one without
 GPU = torch.cuda.is_available() and importlib.util.find_spec("unsloth") is not None
 MODEL_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of a model that cannot be loaded
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Raises UserError for several processes that could only wait for one another."""
+    if recipe.processes > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {recipe.processes} in the environment, and torchrun has not started this: unset it, or start "
+            f"this with torchrun --nproc_per_node {recipe.processes}."
+        )
+    if recipe.processes > 1 and not GPU and importlib.util.find_spec("unsloth") and nvidia_driver():
+        raise UserError("there are more processes than cards: give --nproc_per_node the number of cards of a host.")
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -255,9 +270,8 @@ def preflight(recipe: Recipe, config) -> int:
         say(f"memory      {sizes} = about {sum(parts.values()):.1f} GiB")
         check_memory(parts, recipe, room, card)
         if recipe.gradient_checkpointing and kept:
-            say(
-                f"layers      {kept} of {config.num_hidden_layers} keep their activations, the others compute them again"
-            )
+            rest = ", the others compute them again" if kept < config.num_hidden_layers else ""
+            say(f"layers      {kept} of {config.num_hidden_layers} keep their activations{rest}")
     lora, linear, embeddings = parameter_counts(config, recipe.lora_rank)
     check_disk(4 * lora / GIB, recipe)
     check_disk_for_model(parts["weights"], recipe)

@@ -15,7 +15,7 @@ from typing import TextIO
 
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from support.errors import UserError
 from support.rules import Rules
@@ -50,8 +50,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    if not PartialState().is_main_process:  # of several, which all come here, one writes
-        return
+    if PartialState().is_main_process:  # of several, which all come here, one writes
+        replace(path, content)
+
+
+def replace(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
@@ -98,6 +101,13 @@ def mark_complete(checkpoint: Path, recipe: Recipe, questions: int, rules: Rules
     if rules.file:
         content |= {"rewards_sha256": rules.digest, "mend": mend}
     write_json(checkpoint / "complete.json", content)
+
+
+def allow_mending(checkpoint: Path) -> None:
+    """As mark_complete's `mend`, by whichever of several processes it was in which the rewards failed."""
+    path = checkpoint / "complete.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | {"mend": True}
+    replace(path, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
 
 def flaw(checkpoint: Path) -> str | None:
@@ -258,12 +268,11 @@ def hold(out: Path) -> TextIO | None:
 
 
 def wait_for(out: Path) -> None:
-    """Waits until the first process has made the output folder. Raises UserError where this one does not see it."""
+    """Waits until the first process has made the output folder. Raises UserError, in all, where one does not see it."""
     PartialState().wait_for_everyone()
-    if not (out / LOCK).exists():
-        raise UserError(
-            f"{socket.gethostname()} does not see {out}: several hosts need an --output_dir that they share."
-        )
+    blind = [host for host, sees in gather_object([(socket.gethostname(), (out / LOCK).exists())]) if not sees]
+    if blind:
+        raise UserError(f"{blind[0]} does not see {out}: several hosts need an --output_dir that they share.")
 
 
 def check_present(out: Path) -> None:
@@ -340,9 +349,9 @@ def interpreter() -> list[str]:
     """What starts the script: Python or, as torchrun has started this, torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return [sys.executable]
-    hosts, each = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
-    several = ["--nnodes", hosts] if hosts != "1" else []  # its other arguments are of the host
-    return [sys.executable, "-m", "torch.distributed.run", *several, "--nproc_per_node", each]
+    if os.environ["GROUP_WORLD_SIZE"] != "1":  # its arguments are each host's own
+        return ["torchrun", "..."]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
 
 
 def read_json_lines(path: Path) -> list[dict]:

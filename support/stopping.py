@@ -18,6 +18,7 @@ from support.divergence import diverged
 from support.errors import UserError
 from support.memory import is_out_of_memory, memory_advice
 from support.resuming import (
+    allow_mending,
     check_present,
     checkpoints,
     command,
@@ -83,7 +84,7 @@ class Saving(TrainerCallback):
         """
         signum = os.read(self.read, 1)[0]
         if not self.ended.wait(PATIENCE) and screen.first_to_end():
-            note(f"{signal.Signals(signum).name}: the step did not end within {PATIENCE} s; {self.how_to_go_on()}")
+            note(f"{signal.Signals(signum).name}: this did not end within {PATIENCE} s; {self.how_to_go_on()}")
         if not self.ended.is_set():
             os._exit(128 + signum)
 
@@ -100,6 +101,7 @@ class Saving(TrainerCallback):
         if waits:
             self.told = signum
             words = "finishing this step, then saving a checkpoint"
+            words += ", if all processes still can" * (self.recipe.processes > 1)
         else:
             words = self.how_to_go_on()
         with contextlib.suppress(OSError):  # of `| tee`, which Ctrl-C ends too, and of a terminal that is gone
@@ -155,12 +157,19 @@ class Saving(TrainerCallback):
             if recipe.processes == 1:
                 return
         if recipe.processes > 1:
-            reason = (
-                memory_advice(recipe, resumed=True) if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-            )
-            raise UserError(
-                f"process {screen.RANK} of {recipe.processes} stopped ({reason}); {self.how_to_go_on()}"
-            ) from error
+            go_on = self.how_to_go_on()
+            if isinstance(error, RewardsError):
+                newest = next((path for path in checkpoints(out) if not flaw(path)), None)
+                if newest:
+                    allow_mending(newest)
+                auto = [] if newest else ["auto"]
+                again = command(recipe, "--rewards", str(self.report.rules.file), "--resume", *auto)
+                raise UserError(f"{error} Mend it, then: {again}") from None
+            reason = f"{type(error).__name__}: {error}"
+            if is_out_of_memory(error):
+                reason = f"out of GPU memory: {memory_advice(recipe, resumed=True).rstrip('.')}"
+                go_on = go_on.replace("Go on with: ", "Go on with one of these after: ")
+            raise UserError(f"process {screen.RANK} of {recipe.processes} stopped ({reason}); {go_on}") from error
 
         def save():
             trainer._save_checkpoint(trainer.model, trial=None)

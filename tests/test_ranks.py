@@ -70,6 +70,12 @@ def run(*args, **kwargs) -> tuple[int, str]:
     return process.returncode, output
 
 
+def again(out: Path) -> str:
+    """The command that goes on with the run in `out`, but for how."""
+    launcher = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 tests/ranks.py"
+    return f"{launcher} --config {out}/recipe.yaml --output_dir {out}"
+
+
 def loras(out: Path, step: int) -> list[dict[str, torch.Tensor]]:
     """The LoRA of each process after `step`."""
     return [torch.load(path) for path in sorted(out.with_name(out.name + "-probe").glob(f"*-{step}.pt"))]
@@ -114,8 +120,11 @@ def test_every_answer_of_every_process_is_written_once(unbroken):
     lines = samples(out)
     asked = Counter((step, question) for step, question, _ in lines)
     assert len(lines) == 4 * 32 and set(asked.values()) == {4} and len(asked) == 4 * 8
-    halves = [{completion for *_, completion in lines[i : i + 16]} for i in (0, 16)]
-    assert halves[0] != halves[1]  # each process has drawn its own
+
+
+def test_each_process_draws_answers_of_its_own(unbroken):
+    states = [torch.load(unbroken[0] / f"checkpoint-2/rng_state_{rank}.pth", weights_only=False) for rank in (0, 1)]
+    assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
 
 
 def test_the_processes_train_one_policy(unbroken):
@@ -156,10 +165,8 @@ def test_a_process_that_dies_ends_the_run(died):
     assert status != 0 and seconds < 60
     sentences = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1
-    again = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 tests/ranks.py --config {out}/recipe.yaml"
     assert sentences[0].startswith("error: process 0 of 2 stopped (")
-    assert f"the newest checkpoint is {out}/checkpoint-2. Go on with: {again}" in sentences[0]
-    assert sentences[0].endswith(f"--output_dir {out} --resume")
+    assert sentences[0].endswith(f"the newest checkpoint is {out}/checkpoint-2. Go on with: {again(out)} --resume")
 
 
 def test_the_first_process_may_be_the_one_that_dies(tmp_path):
@@ -182,6 +189,27 @@ def test_another_number_of_processes_goes_on(unbroken, tmp_path):
     assert status == 0, said
     assert "changed     processes: 2 before, 1 from here on; answers are sampled in another order" in said
     assert Counter(line["step"] for line in read_json_lines(out / "samples.jsonl"))[5] == 32
+
+
+def test_rewards_that_fail_can_be_mended(tmp_path):
+    out, file = tmp_path / "out", tmp_path / "own.py"
+    broken = "def length(completions, trainer_state, **kwargs):\n    {}return [len(c[0]['content']) / 100 for c in completions]\n"
+    broken += "REWARD_FUNCS = [length]\n"
+    file.write_text(broken.format("assert trainer_state.global_step < 2; "))
+    settings = ["--rewards", str(file)]
+    status, said = run(2, out, *settings)
+    assert status != 0
+    (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert sentence.endswith(f"Mend it, then: {again(out)} --rewards {file} --resume"), said
+    file.write_text(broken.format(""))
+    status, said = run(2, out, *settings, "--resume")
+    assert status == 0 and f"changed     {file}, which failed after step 2" in said, said
+
+
+def test_the_check_runs_in_all(tmp_path):
+    status, said = run(2, tmp_path / "out", "--check", script="train_grpo.py")
+    assert status == 0 and said.splitlines()[-1] == "check passed", said
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["passed"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
@@ -276,14 +304,25 @@ def test_verl_can_score_with_our_rewards(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place, seen, own", [("0", None, "0"), ("3", None, "3"), ("1", "4,6", "6"), ("0", "4,6", "4"), (None, "4,6", "4,6")]
+    "place, seen, own",
+    [
+        ("0", None, "0"),
+        ("3", None, "3"),
+        ("1", "4,6", "6"),
+        ("0", "4,6", "4"),
+        ("2", "4,6", "-1"),  # none
+        ("0", "4", "4"),  # as torchrun --virtual-local-rank does, and this function itself
+        ("1", "4", "4"),
+        (None, "4,6", "4,6"),
+    ],
 )
 def test_each_process_sees_its_own_card(monkeypatch, place, seen, own):
     for name, value in {"LOCAL_RANK": place, "CUDA_VISIBLE_DEVICES": seen}.items():
         monkeypatch.setenv(name, value or "")
         if value is None:
             monkeypatch.delenv(name)
-    preflight.take_own_card()
+    for _ in range(2):  # again in a child process
+        preflight.take_own_card()
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == own
     assert os.environ.get("LOCAL_RANK") == (None if place is None else "0")
 
