@@ -49,7 +49,7 @@ def start(processes: int, out: Path, *settings: str, launcher=None, script="test
     """A run of so many processes, in a folder beside `out` their LoRAs (tests/ranks.py)."""
     probe = out.with_name(out.name + "-probe")
     probe.mkdir(exist_ok=True)
-    environment = os.environ | {"PROBE": str(probe), "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"PROBE": str(probe), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     launcher = launcher or [*TORCHRUN, "--master_port", free_port(), "--nproc_per_node", str(processes)]
     command = [
         *(launcher if processes > 1 else [sys.executable]),
