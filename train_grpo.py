@@ -11,6 +11,7 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
     python train_grpo.py                                          a free Colab T4 or better, the default settings
     python train_grpo.py --config recipes/24gb.yaml --max_steps 500
     python train_grpo.py --config recipes/tiny.yaml               a tiny policy, no GPU, a few minutes
+    torchrun --nproc_per_node 2 train_grpo.py …                   two cards; several hosts: docs/scaling.md
     python train_grpo.py --check                                  what holds on this machine, in a few minutes
     python train_grpo.py --help                                   every setting
 

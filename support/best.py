@@ -76,13 +76,13 @@ class Development(TrainerCallback):
 
 def keep_adapter(checkpoint: Path, tokenizer, out: Path) -> None:
     """Copies the LoRA in `checkpoint` to adapter/ in `out`, with the tokenizer: in one piece, whoever kills the process."""
-    with PartialState().main_process_first():  # and alone; the others have nothing to do
-        if PartialState().is_main_process:
-            partial = out / "adapter.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            for path in checkpoint.glob("adapter_*"):
-                shutil.copy2(path, partial)
-            tokenizer.save_pretrained(partial)
-            shutil.rmtree(out / "adapter", ignore_errors=True)
-            partial.rename(out / "adapter")
+    if PartialState().is_main_process:
+        partial = out / "adapter.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for path in checkpoint.glob("adapter_*"):
+            shutil.copy2(path, partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(out / "adapter", ignore_errors=True)
+        partial.rename(out / "adapter")
+    PartialState().wait_for_everyone()

@@ -45,7 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), screen.output().fileno())
         sys.exit(141)
     except UserError as error:
-        if isinstance(error, StartAgain) and int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun starts all or none
+        if isinstance(error, StartAgain) and screen.processes() == 1:  # torchrun starts all or none
             screen.note(screen.one_line(error.sentence))
             screen.stop()
             os.execv(sys.executable, [*sys.orig_argv, *error.arguments])

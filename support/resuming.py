@@ -364,10 +364,8 @@ def read_json_lines(path: Path) -> list[dict]:
 
 def write_json_lines(path: Path, records: list[dict], append: bool = False) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    if append and not PartialState().is_main_process:
-        return
-    if append:
+    if not append:
+        write_text(path, text)
+    elif PartialState().is_main_process:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
-    else:
-        write_text(path, text)

@@ -190,9 +190,14 @@ def done() -> None:
         _live = None
 
 
+def processes() -> int:
+    """How many processes torchrun or accelerate launch has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def first_to_end() -> bool:
     """Whether no other process of this run has said yet why it ends: torchrun keeps the count, and then ends them all."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes() == 1:
         return True
     from torch.distributed import TCPStore
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -121,7 +120,7 @@ class Recipe:
     @property
     def processes(self) -> int:
         """How many processes torchrun or accelerate launch has started, each with a card of its own."""
-        return int(os.environ.get("WORLD_SIZE", 1))
+        return screen.processes()
 
     @property
     def completions_each(self) -> int:

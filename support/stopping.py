@@ -88,8 +88,12 @@ class Saving(TrainerCallback):
         if not self.ended.is_set():
             os._exit(128 + signum)
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole."""
+        return next((path for path in checkpoints(self.out) if not flaw(path)), None)
+
     def how_to_go_on(self) -> str:
-        newest = next((path for path in checkpoints(self.out) if not flaw(path)), None)
+        newest = self.newest()
         if self.report.begun:
             how = command(self.recipe, "--resume", *([] if newest else ["auto"]))
         else:  # nothing has changed yet
@@ -159,8 +163,7 @@ class Saving(TrainerCallback):
         if recipe.processes > 1:
             go_on = self.how_to_go_on()
             if isinstance(error, RewardsError):
-                newest = next((path for path in checkpoints(out) if not flaw(path)), None)
-                if newest:
+                if newest := self.newest():
                     allow_mending(newest)
                 auto = [] if newest else ["auto"]
                 again = command(recipe, "--rewards", str(self.report.rules.file), "--resume", *auto)
