@@ -13,7 +13,10 @@ from support.screen import say
 
 def fuse_qkv(policy) -> None:
     """Has unsloth compute q, k and v of a layer, with their LoRAs, in its fused product; where they have a bias, it does not."""
-    from unsloth.kernels import apply_lora_qkv
+    try:
+        from unsloth.kernels import apply_lora_qkv
+    except ImportError:
+        return say("training    this unsloth has no fused product for q, k and v: they are computed one by one")
 
     def fused(attention, x):
         projections = attention.q_proj, attention.k_proj, attention.v_proj

@@ -160,6 +160,11 @@ def test_the_fused_product_gets_the_bias(unsloth, bias):
         torch.testing.assert_close(found, projection(x))
 
 
+def test_another_unsloth_computes_q_k_and_v_its_own_way(unsloth, capsys):
+    training_pass.fuse_qkv(policy=None)  # whose layers are not touched
+    assert "this unsloth has no fused product for q, k and v" in capsys.readouterr().out
+
+
 def test_the_last_layers_keep_their_activations_whatever_is_switched_on():
     class Layer(torch.nn.Module):
         gradient_checkpointing = False
