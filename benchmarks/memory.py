@@ -35,11 +35,12 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     from transformers import AutoConfig
 
     import support.preflight
+    from benchmarks.training import on_all_answers
     from data import load_questions, train_and_test_splits
     from support.errors import UserError
     from support.memory import GIB, estimate_memory, is_out_of_memory, layers_kept
     from support.preflight import GPU
-    from support.trainer import GRPOTrainer  # TRL's
+    from support.trainer import Trainer
     from support.training_pass import keep_activations
 
     def parse(point):
@@ -82,18 +83,19 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
     train_grpo.attach_lora = keep
     figures = dict.fromkeys("strict strict_low strict_high lenient format truncated mean_length".split(), 0.0)
     train_grpo.measure = lambda *args, **kwargs: {"n": 1, **figures}
-    train_grpo.Trainer = GRPOTrainer  # random weights earn nothing: every answer would be skipped
+    train_grpo.Trainer = on_all_answers(Trainer)
     support.preflight.check_memory = lambda *args: None  # what is estimated too large shall be tried
     config = AutoConfig.from_pretrained(longest.model)
     for point, recipe in recipes:
         total = torch.cuda.mem_get_info()[1] / GIB if GPU else 0.0
         card = min(recipe.vram_gib or total, total)
-        parts = estimate_memory(config, recipe, card, layers_kept(config, recipe, card, card))
+        kept = layers_kept(config, recipe, card, card)
+        parts = estimate_memory(config, recipe, card, kept)
         gc.collect()  # the last trainer, which refers to itself
         if GPU:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        line = point | {"parts": parts, "estimate": sum(parts.values())}
+        line = point | {"kept": kept, "parts": parts, "estimate": sum(parts.values())}
         try:
             with tempfile.TemporaryDirectory() as folder:
                 recipe.output_dir = folder

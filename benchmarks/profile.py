@@ -75,7 +75,7 @@ def main() -> None:
     import torch
     from transformers import AutoConfig
 
-    from benchmarks.training import card_rates
+    from benchmarks.training import card_rates, on_all_answers
     from support.memory import parameter_counts
     from support.preflight import compute_dtype
     from support.trainer import Trainer
@@ -92,17 +92,7 @@ def main() -> None:
         torch.cuda.synchronize()
         return result, time.perf_counter() - start
 
-    class Profiled(Trainer):
-        def _prepare_inputs(self, generation_batch):
-            """All answers count: those of random weights earn nothing, and would be skipped."""
-            before = self._buffered_inputs
-            inputs = super()._prepare_inputs(generation_batch)
-            if self._buffered_inputs is not before:
-                for batch in self._buffered_inputs:
-                    batch["advantages"] = torch.full_like(batch["advantages"], 1e-6)
-                    batch["skip"] = False
-            return inputs
-
+    class Profiled(on_all_answers(Trainer)):
         def _generate_single_turn(self, *args, **kwargs):
             if self.state.global_step == 3:
                 length, self.max_completion_length = self.max_completion_length, TOKENS

@@ -157,7 +157,9 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
             marks.setdefault("first step", time.time() - started)
             steps.append({"step": time.perf_counter() - self.start, **parts})
 
-    class Timed(GRPOTrainer if plain else train_grpo.Trainer):
+    trainer = GRPOTrainer if plain else train_grpo.Trainer
+
+    class Timed(on_all_answers(trainer) if all_answers else trainer):
         def __init__(self, model, **kwargs):
             if plain:
                 lora = train_grpo.lora_arguments(recipe)
@@ -177,15 +179,6 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
                 self._move_model_to_vllm = timed("sync", self._move_model_to_vllm)
             if hasattr(self.model, "load_lora"):
                 self.model.load_lora = timed("sync", self.model.load_lora)
-
-        def _prepare_inputs(self, generation_batch):
-            before = self._buffered_inputs
-            inputs = super()._prepare_inputs(generation_batch)
-            if all_answers and self._buffered_inputs is not before:
-                for batch in self._buffered_inputs:
-                    batch["advantages"] = torch.full_like(batch["advantages"], 1e-6)  # hardly a gradient, but one
-                    batch["skip"] = False
-            return inputs
 
     train_grpo.load_base_model, train_grpo.training_arguments, train_grpo.Trainer = load_and_mark, arguments, Timed
     if GPU and variant in ("inductor", "article"):
@@ -229,6 +222,22 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         "dtype": str(compute_dtype(recipe)).removeprefix("torch."),
     }
     json_file.write_text(json.dumps(result))
+
+
+def on_all_answers(trainer: type) -> type:
+    """`trainer`, but every answer has an advantage: those of random weights earn nothing, and would be skipped."""
+
+    class Trainer(trainer):
+        def _prepare_inputs(self, generation_batch):
+            before = self._buffered_inputs
+            inputs = super()._prepare_inputs(generation_batch)
+            if self._buffered_inputs is not before:
+                for batch in self._buffered_inputs:
+                    batch["advantages"] = batch["advantages"] * 0 + 1e-6  # hardly a gradient, but one
+                    batch["skip"] = False
+            return inputs
+
+    return Trainer
 
 
 def card_rates(dtype: str) -> tuple[float, float]:
