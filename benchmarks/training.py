@@ -13,6 +13,7 @@ as_it_comes         ours, without what support/decoding.py and support/training_
 no_ahead, no_merge  ours, but vLLM waits for Python between two tokens; multiplies by each 4-bit weight by itself
 no_tune             ours, but vLLM's kernels for the LoRA cut their work as vLLM has them do
 no_share, no_fuse   ours, but a prompt is computed anew for each of its answers; q, k and v one by one
+no_trust  ours, but unsloth compares its pass with one for each answer by itself whenever a micro-batch is larger than all before
 no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
 
 A variant may bring settings of its own: "ours --prompts_per_step 16". With --processes 2 each runs under torchrun, on two cards.
@@ -56,14 +57,18 @@ CHANGES = {  # what each of these variants leaves out: (module, name, what takes
     "no_merge": ("support.engine", "merge_products", lambda: None),
     "no_tune": ("support.engine", "tune_lora_kernels", lambda: None),
     "no_share": ("support.trainer", "share_prompts", lambda: False),
+    "no_trust": ("support.trainer", "trust_packing", lambda policy: None),
     "no_fuse": ("train_grpo", "fuse_qkv", lambda policy: None),
     "no_keep": ("train_grpo", "keep_activations", lambda policy, layers: None),
     "no_rows": ("train_grpo", "LOGIT_ROWS", None),
 }
 CONFIGS |= dict.fromkeys(["as_it_comes", *CHANGES], "recipes/t4.yaml")
 COMPILE = {"TORCHDYNAMO_DISABLE": "0", "UNSLOTH_VLLM_NO_FLASHINFER": "0"}  # as the libraries come
+COMPARE = {"UNSLOTH_GRPO_PREFIX_GROUPER_VERIFY": "1", "UNSLOTH_GRPO_PREFIX_GROUPER_TOKR": "1.3"}
 ENVIRONMENT = {
-    "article": COMPILE | {"UNSLOTH_COMPILE_DISABLE": "0"},
+    "as_it_comes": COMPARE,
+    "no_trust": COMPARE,
+    "article": COMPILE | COMPARE | {"UNSLOTH_COMPILE_DISABLE": "0"},
     "compiled": COMPILE | {"UNSLOTH_COMPILE_DISABLE": "0"},
     "inductor": COMPILE,
     "trl": COMPILE,

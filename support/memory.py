@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 CUDA_GIB = 0.85  # the CUDA context and library workspaces, outside PyTorch's allocator: 0.83 on an H200
+NCCL_GIB = 0.8  # of a process that is not alone, outside PyTorch's allocator too: two H100s
 BUFFERS_GIB = 0.6  # unpacked NF4 weights, blocks that PyTorch keeps: the rest of what benchmarks/memory.py measured
 LOGIT_ROWS = 256  # tokens that have their logits at once; fewer read the output layer more often
 NO_CACHE = ("memory for the cache", "available KV cache memory")  # vLLM's words
@@ -42,11 +43,17 @@ def parameter_counts(config, lora_rank: int) -> tuple[int, int, int]:
     return lora, linear, config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
-def estimate_memory(config, recipe: Recipe, card_gib: float, kept: int = 0) -> dict[str, float]:
+def outside_gib(recipe: Recipe) -> float:
+    """What a process holds of the card outside PyTorch's allocator."""
+    return CUDA_GIB + (NCCL_GIB if recipe.processes > 1 else 0)
+
+
+def estimate_memory(config, recipe: Recipe, card_gib: float, kept: int = 0, shared: bool = True) -> dict[str, float]:
     """Estimated peak GPU memory in GiB, part by part, from a transformers config as in linear_shapes.
 
-    `kept`: how many layers keep their activations although there is gradient checkpointing. With vLLM the weights and
-    the KV cache lie in vLLM's share of the card; without it they count by themselves.
+    `kept`: how many layers keep their activations although there is gradient checkpointing. `shared`: a prompt is
+    computed once for its group (training_pass.py). With vLLM the weights and the KV cache lie in vLLM's share of the card;
+    without it they count by themselves.
     NF4 with double quantisation takes 4.127 bits a weight (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
     """
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -58,22 +65,28 @@ def estimate_memory(config, recipe: Recipe, card_gib: float, kept: int = 0) -> d
     weights = linear * (4.127 / 8 if recipe.load_in_4bit else 2) + embeddings * 2
     kv_cache = completions * sequence * 2 * layers * kv * 2  # every answer of a step at full length
     optimizer = 2 if "8bit" in recipe.optim else 8
-    tokens = recipe.micro_batch_size * sequence
+    buckets = 4 if recipe.processes > 1 else 0  # DDP's, in which the gradients are averaged
+    answers = recipe.micro_batch_size
+    prompts = answers // recipe.num_generations if shared and answers % recipe.num_generations == 0 else answers
+    tokens = answers * recipe.max_completion_length + prompts * recipe.max_prompt_length
     # unsloth computes the logits again in the backward pass, an answer or a piece of one at a time; six float32 arrays of
     # their size are there at once, among them the logits, their logarithms, the probabilities and the gradients.
     logits = min(recipe.max_completion_length, LOGIT_ROWS) * config.vocab_size * 4 * 6
     if not recipe.gradient_checkpointing:
         kept = layers
-    # A layer keeps its input or, without checkpointing, what its products, its attention and its MLP are made of. Then
-    # come the logits, and when they are gone, four activations of one MLP at a time, computed again.
-    inputs, activations = 2 * tokens * hidden, 2 * tokens * (4 * hidden + 2 * q + 2 * kv + 3 * mlp)
-    activations = inputs * (layers - kept) + max(activations * kept + logits, 2 * tokens * 4 * mlp)
+    # A layer keeps its input or, without checkpointing, what its norms, products and attention are made of; attention, the keys
+    # and values of a prompt anew for each of its answers, a head for each of the queries. Then come the logits, and when
+    # they are gone, four activations of one MLP at a time, computed again.
+    inputs = 2 * tokens * hidden
+    everything = 2 * tokens * (4 * hidden + 2 * q + 2 * kv + 2 * mlp) + 2 * answers * sequence * 2 * q
+    activations = inputs * (layers - kept) + max(everything * kept + logits, 2 * tokens * 4 * mlp)
     parts = {
         "weights": weights,
         "KV cache": kv_cache,
-        "LoRA and optimiser": lora * (4 + 4 + 2 + optimizer),  # float32 weights and gradients, vLLM's 16-bit copy
+        "LoRA and optimiser": lora
+        * (4 + 4 + 2 + optimizer + buckets),  # float32 weights and gradients, vLLM's 16-bit copy
         "activations and logits": activations,
-        "CUDA and buffers": (CUDA_GIB + BUFFERS_GIB) * GIB,
+        "CUDA and buffers": (outside_gib(recipe) + BUFFERS_GIB) * GIB,
     }
     parts = {name: size / GIB for name, size in parts.items()}
     if recipe.use_vllm:  # vLLM takes its whole share at once; 0.7 GiB of it are its own activations and CUDA graphs
@@ -81,13 +94,13 @@ def estimate_memory(config, recipe: Recipe, card_gib: float, kept: int = 0) -> d
     return parts
 
 
-def layers_kept(config, recipe: Recipe, card_gib: float, free_gib: float) -> int:
+def layers_kept(config, recipe: Recipe, card_gib: float, free_gib: float, shared: bool = True) -> int:
     """How many layers can keep their activations in 95 % of what is free of a card (or cap); all without checkpointing."""
     if not recipe.gradient_checkpointing:
         return config.num_hidden_layers
 
     def fits(kept: int) -> bool:
-        return sum(estimate_memory(config, recipe, card_gib, kept).values()) <= 0.95 * free_gib
+        return sum(estimate_memory(config, recipe, card_gib, kept, shared).values()) <= 0.95 * free_gib
 
     return max((kept for kept in range(1, config.num_hidden_layers + 1) if fits(kept)), default=0)
 
@@ -117,7 +130,7 @@ def limit_memory(recipe: Recipe) -> float:
         return recipe.gpu_memory_utilization
     total = torch.cuda.mem_get_info()[1] / GIB
     cap = min(recipe.vram_gib, total)
-    torch.cuda.set_per_process_memory_fraction((cap - CUDA_GIB) / total)
+    torch.cuda.set_per_process_memory_fraction((cap - outside_gib(recipe)) / total)
     return recipe.gpu_memory_utilization * cap / total
 
 

@@ -246,8 +246,9 @@ def preflight(recipe: Recipe, config) -> int:
     free, total = (size / GIB for size in torch.cuda.mem_get_info()) if GPU else (0.0, 0.0)
     card = min(recipe.vram_gib or total, total)
     room = min(free + CUDA_GIB, card)
-    kept = layers_kept(config, recipe, card, room)
-    parts = estimate_memory(config, recipe, card, kept)
+    shared = importlib.util.find_spec("xformers") is not None  # training_pass.py
+    kept = layers_kept(config, recipe, card, room, shared)
+    parts = estimate_memory(config, recipe, card, kept, shared)
     if not GPU:
         say(f"machine     {platform.machine()}, {torch.get_num_threads()} threads, no GPU")
         say("numbers     float32; transformers generates")
@@ -276,9 +277,9 @@ def preflight(recipe: Recipe, config) -> int:
     check_disk(4 * lora / GIB, recipe)
     check_disk_for_model(parts["weights"], recipe)
     completions = recipe.completions
-    shared = f", {recipe.completions_each} on each of {recipe.processes} processes" if recipe.processes > 1 else ""
+    several = f", {recipe.completions_each} on each of {recipe.processes} processes" if recipe.processes > 1 else ""
     say(
-        f"step        {recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions{shared}, "
+        f"step        {recipe.prompts_per_step} prompts × {recipe.num_generations} answers = {completions} completions{several}, "
         f"in micro-batches of {recipe.micro_batch_size}"
     )
     say(

@@ -90,7 +90,7 @@ class Recipe:
     gradient_checkpointing: bool = setting(
         True, "recompute activations in the backward pass: a third slower, and takes far less memory; on a GPU"
     )
-    gpu_memory_utilization: float = setting(0.6, "share of the card for vLLM: weights and KV cache")
+    gpu_memory_utilization: float = setting(0.5, "share of the card for vLLM: weights and KV cache")
     vram_gib: float = setting(0.0, "stay under so many GiB of GPU memory; 0: the whole card")
 
     eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")

@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from support.schedule import take_rate
-from support.training_pass import prompts_shared, share_prompts
+from support.training_pass import prompts_shared, share_prompts, trust_packing
 
 # torch does not know the name that accelerate has for the CPU of several processes, to which a checkpoint is loaded
 torch.serialization.register_package(5, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None)
@@ -33,7 +33,10 @@ class Trainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._sampled, self._computed = None, []
-        self._shared = prompts_shared if share_prompts() else contextlib.nullcontext
+        self._shared = contextlib.nullcontext
+        if share_prompts():
+            self._shared = prompts_shared
+            trust_packing(self.model)
         unsloth = vars(sys.modules[GRPOTrainer.__module__])  # its loss, which it writes into a file of its own
         if loss := unsloth.get("UnslothEfficientGRPO"):
 

@@ -58,6 +58,16 @@ def share_prompts() -> bool:
     return True
 
 
+def trust_packing(policy) -> None:
+    """Has unsloth put answers without a shared prompt into one row without comparing that with a pass for each of them.
+
+    It would do so whenever a micro-batch is larger than all before. Of what it checks, whether attention keeps the answers apart,
+    the kinds of attention that take such rows are known to do that.
+    """
+    policy._unsloth_seq_packing_grad_ok = True
+    policy._unsloth_seq_packing_grad_verified_T = policy._unsloth_seq_packing_grad_verified_seg = sys.maxsize
+
+
 @contextlib.contextmanager
 def prompts_shared(trainer):
     """Within it unsloth computes a prompt once for its group. With vLLM it would not, because it expects little from it."""

@@ -82,14 +82,15 @@ def skipped(metrics: list[dict], recipe: Recipe) -> str | None:
     )
 
 
-def lora_without_effect(model, text: str) -> str | None:
-    """vLLM gives the tokens of `text` the same log-probabilities with the LoRA as it is now and without it."""
+def lora_without_effect(model, tokens: list[int]) -> str | None:
+    """vLLM gives `tokens` the same log-probabilities with the LoRA as it is now and without it."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
 
     def chances(lora) -> list[float]:
-        output = model.vllm_engine.generate([text], sampling, lora_request=lora, use_tqdm=False)[0]
+        prompt = {"prompt_token_ids": tokens}
+        output = model.vllm_engine.generate([prompt], sampling, lora_request=lora, use_tqdm=False)[0]
         ids, logged = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
         return [found[token].logprob for token, found in zip(ids, logged, strict=True)]
 
@@ -115,7 +116,10 @@ class Watch(TrainerCallback):
             prompt = processing_class.apply_chat_template(
                 rollout["prompts"][0], add_generation_prompt=True, tokenize=False
             )
-            self.warn("LoRA", lora_without_effect(model, prompt + rollout["completions"][0][-1]["content"]))
+            answer = rollout["completions"][0][-1]["content"]
+            tokens = processing_class(prompt + answer, add_special_tokens=False)["input_ids"]
+            longest = self.recipe.max_prompt_length + self.recipe.max_completion_length  # that vLLM has been set up for
+            self.warn("LoRA", lora_without_effect(model, tokens[: longest - 1]))  # and one that it answers
 
     def warn(self, name: str, sentence: str | None) -> None:
         if sentence and name not in self.said:

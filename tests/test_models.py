@@ -293,7 +293,7 @@ def test_qwen3_4b_fits_a_t4():
     check_memory(parts, recipe, free=14.7, card=14.7)
     answers = recipe.prompts_per_step * recipe.num_generations
     tokens = recipe.max_prompt_length + recipe.max_completion_length
-    assert sum(parts.values()) == pytest.approx(12.6, abs=0.1)  # as the recipe says
+    assert sum(parts.values()) == pytest.approx(12.0, abs=0.1)  # as the recipe says
     assert parts["KV cache"] * 2**30 > answers * tokens * 144 * 1024  # all answers of a step at once
 
 

@@ -20,7 +20,7 @@ from test_preflight import QWEN_7B as QWEN
 
 from support import preflight, screen
 from support.errors import UserError
-from support.memory import estimate_memory
+from support.memory import NCCL_GIB, estimate_memory
 from support.resuming import read_json_lines
 from support.settings import parse_recipe
 
@@ -273,9 +273,14 @@ def test_a_step_is_shared_out_evenly(monkeypatch, settings, processes, sentence)
         recipe = parse_recipe(argv)
         assert (recipe.completions, recipe.completions_each) == (32, 16)
         # a card holds its own answers
-        one = estimate_memory(QWEN, dataclasses.replace(recipe, use_vllm=False), 24)
+        recipe = dataclasses.replace(recipe, use_vllm=False)
+        several = estimate_memory(QWEN, recipe, 24)
         monkeypatch.setenv("WORLD_SIZE", "1")
-        assert one["KV cache"] * 2 == estimate_memory(QWEN, dataclasses.replace(recipe, use_vllm=False), 24)["KV cache"]
+        alone = estimate_memory(QWEN, recipe, 24)
+        assert several["KV cache"] * 2 == alone["KV cache"]
+        # and NCCL's buffers, and those that the gradients are averaged in
+        assert several["CUDA and buffers"] - alone["CUDA and buffers"] == pytest.approx(NCCL_GIB)
+        assert several["LoRA and optimiser"] > alone["LoRA and optimiser"]
 
 
 def test_verl_can_score_with_our_rewards(monkeypatch, tmp_path):

@@ -4,8 +4,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_best import figures
 from test_runs import in_process
+from transformers import AutoTokenizer
 
 from support.settings import Recipe
 from support.watch import Watch, cut_off, lora_without_effect, no_gain, no_variance, reward_hacking, skipped
@@ -98,17 +100,35 @@ def test_hacking_is_looked_for_after_each_evaluation(monkeypatch, warned, capsys
 class Engine:
     """Stands in for vLLM: it answers with one log-probability for each token, and adds the LoRA's to it."""
 
-    def __init__(self, effect):
-        self.effect = effect
+    def __init__(self, effect, longest=99):
+        self.effect, self.longest, self.asked = effect, longest, []
 
-    def generate(self, texts, sampling, lora_request, use_tqdm):
+    def generate(self, prompts, sampling, lora_request, use_tqdm):
+        tokens = prompts[0]["prompt_token_ids"]
+        self.asked.append(tokens)
+        assert len(tokens) + sampling["max_tokens"] <= self.longest
         effect = self.effect if lora_request else 0.0
-        logged = [None, *({i: SimpleNamespace(logprob=-i + effect)} for i in range(2, 5))]
-        return [SimpleNamespace(prompt_token_ids=[1, 2, 3, 4], prompt_logprobs=logged)]
+        logged = [None, *({token: SimpleNamespace(logprob=-token + effect)} for token in tokens[1:])]
+        return [SimpleNamespace(prompt_token_ids=tokens, prompt_logprobs=logged)]
 
 
 @pytest.mark.parametrize("effect", [0.0, 1e-6])
 def test_a_lora_that_does_not_arrive_in_vllm(monkeypatch, effect):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **kwargs: kwargs))
     model = SimpleNamespace(vllm_engine=Engine(effect), load_lora=lambda name, load_tensors: "lora")
-    assert (lora_without_effect(model, "text") is None) == bool(effect)
+    assert (lora_without_effect(model, [1, 2, 3, 4]) is None) == bool(effect)
+
+
+def test_the_lora_is_looked_for_in_as_many_tokens_as_vllm_takes(monkeypatch):
+    """An answer has other tokens when it is read again: one of a policy that writes nonsense has had many more."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **kwargs: kwargs))
+    tokenizer, recipe = AutoTokenizer.from_pretrained("tiny"), Recipe(max_prompt_length=20, max_completion_length=12)
+    rollout = {"prompts": [[{"role": "user", "content": "1+1"}]], "completions": [[{"content": "2 " * 100}]]}
+    policy = torch.nn.Module()
+    policy.q_proj = torch.nn.Module()
+    policy.q_proj.lora_B = torch.nn.Linear(2, 2)
+    policy.vllm_engine, policy.load_lora = Engine(0.1, longest=32), lambda name, load_tensors: "lora"
+    Watch(recipe, SimpleNamespace(rollout=rollout)).on_step_end(
+        None, None, None, model=policy, processing_class=tokenizer
+    )
+    assert [len(tokens) for tokens in policy.vllm_engine.asked] == [31, 31]
