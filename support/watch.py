@@ -10,6 +10,7 @@ from support.settings import Recipe
 from support.step_report import Report
 
 WINDOW = 20  # steps
+DIFFERENCE = 0.2  # of log-probabilities; numbers of 16 bits make 0.001 to 0.08
 SKIPPED = 5  # steps in a row: float16's scale begins high, and a few of the first ones overflow
 
 
@@ -82,6 +83,18 @@ def skipped(metrics: list[dict], recipe: Recipe) -> str | None:
     )
 
 
+def disagreement(metrics: list[dict], recipe: Recipe) -> str | None:
+    """The newest step's tokens have other log-probabilities in training than in generation, by more than numbers of 16 bits explain."""
+    found = metrics[-1].get("sampling/sampling_logp_difference/mean", 0.0)
+    if found <= DIFFERENCE:
+        return None
+    return (
+        f"the log-probabilities of the answers are {found:.2f} apart, on average, in generation and in training (0.001 to 0.05 is "
+        "usual): what is trained is not what answers. Stop here, and start with UNSLOTH_GRPO_PREFIX_GROUPER=0 in the environment "
+        "or with --use_vllm false; --check tells whether that helps"
+    )
+
+
 def lora_without_effect(model, tokens: list[int]) -> str | None:
     """vLLM gives `tokens` the same log-probabilities with the LoRA as it is now and without it."""
     from vllm import SamplingParams
@@ -132,6 +145,7 @@ class Watch(TrainerCallback):
         metrics = self.report.metrics
         self.warn("no variance", no_variance(metrics, self.recipe))
         self.warn("skipped", skipped(metrics, self.recipe))
+        self.warn("disagreement", disagreement(metrics, self.recipe))
 
     def on_save(self, args, state, control, **kwargs):  # after the accuracy on the way
         self.warn("hacking", reward_hacking(self.report.metrics, self.report.development, self.recipe))

@@ -10,7 +10,16 @@ from test_runs import in_process
 from transformers import AutoTokenizer
 
 from support.settings import Recipe
-from support.watch import Watch, cut_off, lora_without_effect, no_gain, no_variance, reward_hacking, skipped
+from support.watch import (
+    Watch,
+    cut_off,
+    disagreement,
+    lora_without_effect,
+    no_gain,
+    no_variance,
+    reward_hacking,
+    skipped,
+)
 
 
 def steps(rewards, same=0.2, norm=1.0):
@@ -95,6 +104,18 @@ def test_hacking_is_looked_for_after_each_evaluation(monkeypatch, warned, capsys
 
     Watch(Recipe(), report).on_save(None, None, None)
     assert ("warning     the reward rises" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("found, warned", [(None, False), (0.08, False), (0.6, True)])
+def test_what_is_trained_is_not_what_answers(found, warned, capsys):
+    metrics = steps([1.0, 1.0])
+    if found is not None:
+        metrics[-1]["sampling/sampling_logp_difference/mean"] = found
+    assert (disagreement(metrics, Recipe()) is not None) == warned
+    watch = Watch(Recipe(), SimpleNamespace(metrics=metrics))
+    for _ in range(2):
+        watch.on_log(None, None, None, logs={"reward": 1.0})
+    assert capsys.readouterr().out.count("what is trained is not what answers") == warned
 
 
 class Engine:
