@@ -82,6 +82,21 @@ def test_every_requirement_is_pinned_for_every_python_that_may_run_it(version):
                 assert canonicalize_name(Requirement(line.partition("#")[0]).name) in pinned
 
 
+def test_the_address_is_the_same_everywhere():
+    """pyproject.toml has it; the badges and the notebook cannot read it there."""
+    address = re.search(r'address = "https://github\.com/([^"]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    for file, times in {"README.md": 1, "README.zh-CN.md": 1, "grpo_colab.ipynb": 2}.items():
+        found = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?:/blob/main|\\?\")", (ROOT / file).read_text())
+        assert found == [address] * times, f"{file} has {found}, and pyproject.toml {address}"
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_a_readme_is_short(readme):
+    lines = (ROOT / readme).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 180 and sum(len(line.split()) for line in lines) <= 1500
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
 @pytest.mark.parametrize(
     "document",
     [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("[!.]*/*.md")) + sorted(ROOT.glob("*.md"))],
