@@ -103,5 +103,5 @@ def test_a_readme_is_short(readme):
 )
 def test_links_between_documents_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+    for target in re.findall(r"(?:\]\(|src=\")(?!https?:|#)([^)#\s\"]+)", text):
         assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"

@@ -216,7 +216,7 @@ def test_memory_of_the_7b_model():
 
 
 @pytest.mark.parametrize(
-    "card, utilization, rank, length, micro_batch_size, measured",  # GiB: benchmarks/RESULTS.md
+    "card, utilization, rank, length, micro_batch_size, measured",  # GiB: docs/results.md
     [
         (24, 0.4, 16, 128, 6, 11.50),
         (24, 0.4, 16, 128, 12, 12.21),
@@ -250,7 +250,7 @@ def test_memory_is_what_was_measured(card, utilization, rank, length, micro_batc
 
 
 @pytest.mark.parametrize(
-    "name, card, settings, kept, measured",  # the 7B model's shape, prompts and answers as long as here: benchmarks/RESULTS.md
+    "name, card, settings, kept, measured",  # the 7B model's shape, prompts and answers as long as here: docs/results.md
     [
         ("t4", 14.7, {"micro_batch_size": 6, "max_prompt_length": 241, "max_completion_length": 128}, 20, 13.50),
         ("t4", 14.7, {"micro_batch_size": 6, "max_prompt_length": 241, "max_completion_length": 256}, 10, 13.75),
