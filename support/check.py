@@ -57,6 +57,7 @@ class Check:
             self.found["passed"] = True
         with contextlib.suppress(OSError):  # of a folder that cannot be written: the run's own sentence says so
             write_check(self.out, self.found, self.names)
+            say(f"written     {self.out / 'check.json'}, for a report: no paths, no names")
         if isinstance(error, Exception):
             raise UserError(f"check failed ({self.part}): {sentence}") from (error.__cause__ or error)
 

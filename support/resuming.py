@@ -134,6 +134,11 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
         begun = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
         if found or begun or (out / "adapter").exists():
             this = [*interpreter(), *sys.argv]
+            other = [
+                part
+                for before, part in zip(["", *this], this, strict=False)
+                if "--output_dir" not in (before, part) and not part.startswith("--output_dir=")
+            ]
             flaws = {flaw(checkpoint) for checkpoint in found}
             if None in flaws:
                 held = f". Continue it: {shlex.join([*this, '--resume'])} or start"
@@ -142,7 +147,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
             else:
                 held = ", which cannot be continued. Start"
             raise UserError(
-                f"{out} already holds a run{held} another: {shlex.join([*this, '--output_dir', f'{out}-2'])}"
+                f"{out} already holds a run{held} another: {shlex.join([*other, '--output_dir', f'{out}-2'])}"
             )
         return None
     if recipe.resume in ("newest", "auto"):
@@ -326,7 +331,8 @@ def go_back_to(checkpoint: Path | None, recipe: Recipe) -> None:
     step = step_of(checkpoint) if checkpoint else 0
     for later in checkpoints(out):
         if step_of(later) > step:
-            say(f"removed     {later}, which comes after step {step}")
+            why = f"which comes after step {step}" if not flaw(later) else "which is not whole"
+            say(f"removed     {later}, {why}")
             shutil.rmtree(later)
     for path in (out / "metrics.jsonl", out / "samples.jsonl", out / "evaluations.jsonl"):
         if checkpoint:

@@ -216,7 +216,7 @@ def reward_text(reward: float | None, form: str) -> str:
 
 def short(name: str) -> str:
     """A reward function's name, as the lines have it."""
-    return name.removesuffix("_reward_func").removesuffix("_format")
+    return name.removesuffix("_reward_func")
 
 
 def sample_text(sample: dict) -> str:

@@ -98,7 +98,11 @@ class Saving(TrainerCallback):
             how = command(self.recipe, "--resume", *([] if newest else ["auto"]))
         else:  # nothing has changed yet
             how = shlex.join([*interpreter(), *sys.argv])
-        return f"the newest checkpoint is {newest}. Go on with: {how}"
+        return (
+            f"the newest checkpoint is {newest}. Go on with: {how}"
+            if newest
+            else f"there is no checkpoint yet. Begin anew with: {how}"
+        )
 
     def on_signal(self, signum, frame):
         waits = self.in_training and not self.told

@@ -125,6 +125,9 @@ class Trainer(GRPOTrainer):
         self._log_difference(inputs)
         return loss
 
+    def create_model_card(self, *args, **kwargs):
+        """None: TRL's would name no base model. README.md and eval.json say what the folder holds."""
+
     def _inner_training_loop(self, batch_size=None, **kwargs):
         """A resumed run has the micro-batches of its recipe; transformers would take those of the checkpoint."""
         return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)

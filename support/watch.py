@@ -10,6 +10,7 @@ from support.settings import Recipe
 from support.step_report import Report
 
 WINDOW = 20  # steps
+SAME = 5  # first steps
 DIFFERENCE = 0.2  # of log-probabilities; numbers of 16 bits make 0.001 to 0.08
 SKIPPED = 5  # steps in a row: float16's scale begins high, and a few of the first ones overflow
 
@@ -27,6 +28,11 @@ def cut_off(before: dict, recipe: Recipe) -> str | None:
 
 def no_variance(metrics: list[dict], recipe: Recipe) -> str | None:
     """In each of the last steps, most questions had answers that all earned the same, so that they taught nothing."""
+    if len(metrics) >= SAME and all(line["frac_reward_zero_std"] == 1 for line in metrics):
+        return (
+            f"all answers to a question have earned the same in each of the {len(metrics)} steps so far, {metrics[-1]['reward']:.2f} in the "
+            "last, so that nothing was learned: look at their rewards in samples.jsonl, and whether the reward functions read a completion as they should"
+        )
     last = metrics[-WINDOW:]
     if len(last) < WINDOW or not all(line["frac_reward_zero_std"] > 0.5 for line in last):
         return None

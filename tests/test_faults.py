@@ -195,7 +195,7 @@ def hangup():
 
 
 @pytest.mark.parametrize(
-    "evaluation, words", [("before", "newest checkpoint is None"), ("after", "checkpoint-2. Go on")]
+    "evaluation, words", [("before", "there is no checkpoint yet. Begin anew with"), ("after", "checkpoint-2. Go on")]
 )
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, words, signum, hangup):
@@ -277,7 +277,7 @@ def test_a_second_signal_does_not_wait(monkeypatch, tmp_path, capsys):
         in_process(monkeypatch, "--max_steps", 4, "--output_dir", tmp_path / "out")
     assert end.value.code == 130
     said = capsys.readouterr().out
-    assert "finishing this step" in said and "the newest checkpoint is None. Go on with: " in said
+    assert "finishing this step" in said and "there is no checkpoint yet. Begin anew with: " in said
     monkeypatch.undo()
     *_, arguments = said.rpartition("train_grpo.py ")
     monkeypatch.setattr(sys, "argv", ["train_grpo.py", *shlex.split(arguments), "--max_steps", "2"])
