@@ -175,6 +175,22 @@ def load_questions(
     return Dataset.from_dict({"prompt": [prompts[row] for row in fitting], "answer": [answers[row] for row in fitting]})
 
 
+def without_repeats(train: Dataset, test: Dataset) -> Dataset:
+    """`train` with each question once, and without those of `test`, which would be held out no longer."""
+    rows, seen = [], {prompt[-1]["content"] for prompt in test["prompt"]}
+    for row, prompt in enumerate(train["prompt"]):
+        if prompt[-1]["content"] not in seen:
+            rows.append(row)
+            seen.add(prompt[-1]["content"])
+    if not rows:
+        raise UserError("every question to train on is held out, too: give other questions.")
+    if repeated := len(train) - len(rows):
+        say(
+            f"repeated    {repeated} of {len(train)} questions to train on are left out: they stand there twice, or are held out"
+        )
+    return train.select(rows)
+
+
 def read_questions(file: str, columns: Columns = USUAL) -> tuple[list[str], list]:
     """The questions of a file and their answers, None where there is none.
 

@@ -81,7 +81,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback
 from trl import GRPOConfig
 
-from data import columns_named, load_questions, revision_of, train_and_test_splits
+from data import columns_named, load_questions, revision_of, train_and_test_splits, without_repeats
 from support.best import Development, hold_out, keep_adapter
 from support.check import Check, trial
 from support.divergence import DivergenceCheck
@@ -274,8 +274,8 @@ def read_questions(recipe: Recipe, tokenizer, rules: Rules):
     splits = train_and_test_splits(recipe.dataset, columns)
     length, system_prompt = recipe.max_prompt_length, recipe.system_prompt
     train, test = (load_questions(recipe.dataset, s, tokenizer, length, system_prompt, columns=columns) for s in splits)
+    train, dev = hold_out(without_repeats(train, test), recipe)
     test = test.select(range(min(recipe.eval_samples, len(test))))
-    train, dev = hold_out(train, recipe)
     say(f"questions   {len(train)} to train on, {len(dev)} to develop on, {len(test)} held out")
     return train, dev, test
 

@@ -70,6 +70,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
         return questions.select([row])
 
     train_grpo.load_questions = longest_question
+    train_grpo.without_repeats = lambda train, test: train
     train_grpo.load_base_model = lambda *args: (base, tokenizer)
 
     def keep(base, recipe, kept):  # in the place of attach_lora

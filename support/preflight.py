@@ -284,7 +284,7 @@ def preflight(recipe: Recipe, config) -> int:
     )
     say(
         f"run         {recipe.max_steps} steps = {recipe.max_steps * completions:,} completions; "
-        f"very roughly {estimate_minutes(linear + embeddings, parts['weights'], recipe):.0f} min"
+        f"very roughly {max(estimate_minutes(linear + embeddings, parts['weights'], recipe), 1):.0f} min"
     )
     if GPU:
         torch.cuda.empty_cache()  # give back what the estimate used

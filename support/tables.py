@@ -140,7 +140,9 @@ def read_table(path: Path, questions: set[str]) -> Table:
     Raises UserError with one sentence for every file that it cannot read, whatever is in it.
     """
     if path.suffix.lower() not in FILE_TYPES:
-        raise UserError(f"cannot read {path}: its name ends in none of {', '.join(FILE_TYPES)}.")
+        raise UserError(
+            f"cannot read {path}: its name ends in none of {', '.join(FILE_TYPES)}. Spreadsheets can be saved as CSV."
+        )
     try:
         content = path.read_bytes()
         if not content.strip():

@@ -13,7 +13,15 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
-from data import HUB_ID, SYSTEM_PROMPT, control_tokens, load_from_hub, load_questions, train_and_test_splits
+from data import (
+    HUB_ID,
+    SYSTEM_PROMPT,
+    control_tokens,
+    load_from_hub,
+    load_questions,
+    train_and_test_splits,
+    without_repeats,
+)
 from support.errors import UserError
 from support.places import find_local
 from support.screen import say_once
@@ -54,6 +62,24 @@ def test_a_folder_has_its_two_splits(tokenizer):
     assert train_and_test_splits("tiny/questions") == ("train", "test")
     assert len(load("tiny/questions", tokenizer, "train")) == 2000
     assert len(load("tiny/questions", tokenizer, "test")) == 300
+
+
+def test_a_repeated_question_is_not_both_trained_on_and_held_out(tokenizer, write, capsys):
+    """A spreadsheet of questions has some of them twice."""
+    rows = [
+        {"question": f"{i % 15}加1等于几？", "answer": i % 15 + 1} for i in range(20)
+    ]  # 5 repeated; 18 and 19 held out
+    file = write(rows)
+    train, test = (load(file, tokenizer, split) for split in train_and_test_splits(file))
+    left = without_repeats(train, test)
+    asked = [prompt[-1]["content"] for prompt in left["prompt"]]
+    held_out = {prompt[-1]["content"] for prompt in test["prompt"]}
+    assert len(test) == 2 and len(asked) == len(set(asked)) == 13 and not set(asked) & held_out
+    assert "repeated    5 of 18 questions to train on are left out" in capsys.readouterr().out
+    assert without_repeats(left, test)["prompt"] == left["prompt"]
+    assert "repeated" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="^every question to train on is held out, too"):
+        without_repeats(test, test)
 
 
 def test_the_shipped_splits_are_disjoint(tokenizer):
