@@ -12,6 +12,7 @@ from pathlib import Path
 from IPython.display import HTML, Image, display
 
 SETTINGS = os.environ | {"COLUMNS": "1000"}  # the browser breaks lines
+SETTINGS.pop("FORCE_COLOR", None)  # the kernel's, for what can show colours
 
 
 class Stopped(Exception):

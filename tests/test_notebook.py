@@ -98,6 +98,7 @@ def test_run_all_then_again(client, tmp_path):
     assert "before | 20 |" in result and f"after | 20 | {after['strict']:.1%} |" in result
     assert "— answer" in printed(notebook, "before")
     assert "<th" in printed(notebook, "after") and "&lt;answer&gt;" in printed(notebook, "after")
+    assert "\\x1b" not in printed(notebook, "after")  # colours of a terminal
     assert "adapter " in printed(notebook, "eval")
     assert json.loads((tmp_path / "run" / "eval_test.json").read_text())["n"] == 200
 
