@@ -75,6 +75,7 @@ def test_everything_that_the_design_lists_is_written(short_run):
     written = {path.name for path in out.iterdir()}
     assert {"adapter", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "reward_curve.png", "eval.json"} <= written
     assert {"checkpoint-2", "checkpoint-3"} <= written
+    assert "README.md" not in written  # TRL's, which would name no model
     assert (out / "reward_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -204,8 +205,10 @@ def test_sampling_is_the_recipes_not_the_checkpoints(monkeypatch, tmp_path):
 def test_a_run_is_not_overwritten(short_run, monkeypatch):
     out, _ = short_run
     before = (out / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match="already holds a run.*--resume.*--output_dir"):
+    with pytest.raises(UserError, match="already holds a run.*--resume.*--output_dir") as error:
         in_process(monkeypatch, "--output_dir", out)
+    other = str(error.value).rpartition("start another: ")[2]  # with one --output_dir, the other one
+    assert other.count("--output_dir") == 1 and shlex.split(other)[-1] == f"{out}-2"
     assert (out / "metrics.jsonl").read_text() == before
 
 

@@ -37,6 +37,10 @@ def test_answers_that_are_cut_off():
 
 def test_groups_without_variance():
     assert no_variance(steps([1.0] * 19, same=0.9), Recipe()) is None
+    assert no_variance(steps([0.0] * 4, same=1.0), Recipe()) is None
+    nothing = no_variance(steps([0.0] * 5, same=1.0), Recipe())  # as of a reward that does not read what it is given
+    assert "in each of the 5 steps so far" in nothing and "whether the reward functions read" in nothing
+    assert no_variance([*steps([1.0], same=0.9), *steps([0.0] * 10, same=1.0)], Recipe()) is None
     assert no_variance(steps([1.0] * 25, same=0.5), Recipe()) is None
     learned = no_variance(steps([1.0, 2.0, *[3.9] * 20], same=0.6), Recipe())
     assert "stop here, or give harder questions" in learned
