@@ -63,10 +63,6 @@ if GPU:
     # Prompts are shared through xFormers (training_pass.py). Without it unsloth takes FlexAttention, which fails on a T4.
     if importlib.util.find_spec("xformers") is None:
         os.environ["UNSLOTH_GRPO_PREFIX_GROUPER"] = "0"
-    # As soon as that saves anything, and without comparing it with a pass for each answer by itself whenever a micro-batch
-    # is larger than all before: fifteen passes for one. Each step is compared with vLLM (support/trainer.py).
-    os.environ.setdefault("UNSLOTH_GRPO_PREFIX_GROUPER_TOKR", "1")
-    os.environ.setdefault("UNSLOTH_GRPO_PREFIX_GROUPER_VERIFY", "0")
     # The logits of a micro-batch are gigabytes: compute them again in the backward pass instead of keeping them.
     os.environ.setdefault("UNSLOTH_GRPO_LOGPROB_RECOMPUTE", "1")
     # before trl, transformers and peft, which it patches, and before CUDA starts, whose allocator it sets up

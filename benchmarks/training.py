@@ -29,6 +29,7 @@ and tokens a second; peak memory; and the least that the card could need for suc
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.machinery
 import json
@@ -56,19 +57,16 @@ CHANGES = {  # what each of these variants leaves out: (module, name, what takes
     "no_ahead": ("support.engine", "schedule_ahead", lambda: None),
     "no_merge": ("support.engine", "merge_products", lambda: None),
     "no_tune": ("support.engine", "tune_lora_kernels", lambda: None),
-    "no_share": ("support.trainer", "share_prompts", lambda: False),
-    "no_trust": ("support.trainer", "trust_packing", lambda policy: None),
+    "no_share": ("support.trainer", "prompts_shared", contextlib.nullcontext),
+    "no_trust": ("support.trainer", "trust_pass", lambda policy: None),
     "no_fuse": ("train_grpo", "fuse_qkv", lambda policy: None),
     "no_keep": ("train_grpo", "keep_activations", lambda policy, layers: None),
     "no_rows": ("train_grpo", "LOGIT_ROWS", None),
 }
 CONFIGS |= dict.fromkeys(["as_it_comes", *CHANGES], "recipes/t4.yaml")
 COMPILE = {"TORCHDYNAMO_DISABLE": "0", "UNSLOTH_VLLM_NO_FLASHINFER": "0"}  # as the libraries come
-COMPARE = {"UNSLOTH_GRPO_PREFIX_GROUPER_VERIFY": "1", "UNSLOTH_GRPO_PREFIX_GROUPER_TOKR": "1.3"}
 ENVIRONMENT = {
-    "as_it_comes": COMPARE,
-    "no_trust": COMPARE,
-    "article": COMPILE | COMPARE | {"UNSLOTH_COMPILE_DISABLE": "0"},
+    "article": COMPILE | {"UNSLOTH_COMPILE_DISABLE": "0"},
     "compiled": COMPILE | {"UNSLOTH_COMPILE_DISABLE": "0"},
     "inductor": COMPILE,
     "trl": COMPILE,

@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from support.schedule import take_rate
-from support.training_pass import prompts_shared, share_prompts, trust_packing
+from support.training_pass import prompts_shared, share_prompts, trust_pass
 
 # torch does not know the name that accelerate has for the CPU of several processes, to which a checkpoint is loaded
 torch.serialization.register_package(5, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None)
@@ -36,7 +36,7 @@ class Trainer(GRPOTrainer):
         self._shared = contextlib.nullcontext
         if share_prompts():
             self._shared = prompts_shared
-            trust_packing(self.model)
+            trust_pass(self.model)
         unsloth = vars(sys.modules[GRPOTrainer.__module__])  # its loss, which it writes into a file of its own
         if loss := unsloth.get("UnslothEfficientGRPO"):
 

@@ -47,10 +47,10 @@ def share_prompts() -> bool:
     if "unsloth" not in sys.modules:
         return False
     try:
-        from unsloth.utils import attention_dispatch
+        from unsloth.utils import attention_dispatch, prefix_grouper
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask  # noqa: F401
 
-        attention_dispatch._flex_shared_prefix_attention  # noqa: B018
+        attention_dispatch._flex_shared_prefix_attention, prefix_grouper._VERIFY_ON  # noqa: B018
     except (ImportError, AttributeError):
         say("training    without xFormers, or with another unsloth, a prompt is computed anew for each of its answers")
         return False
@@ -58,13 +58,17 @@ def share_prompts() -> bool:
     return True
 
 
-def trust_packing(policy) -> None:
-    """Has unsloth put answers without a shared prompt into one row without comparing that with a pass for each of them.
+def trust_pass(policy) -> None:
+    """Has unsloth share prompts as soon as that saves anything, and compare its pass with no other.
 
-    It would do so whenever a micro-batch is larger than all before. Of what it checks, whether attention keeps the answers apart,
-    the kinds of attention that take such rows are known to do that.
+    It would compare it with a pass for each answer by itself, again whenever a micro-batch is larger than all before:
+    fifteen passes for one. The trainer compares each step with what vLLM has sampled the tokens with. Only where
+    share_prompts could do its part.
     """
-    policy._unsloth_seq_packing_grad_ok = True
+    from unsloth.utils import prefix_grouper
+
+    prefix_grouper._TOKR_THRESHOLD, prefix_grouper._VERIFY_ON = 1.0, False
+    policy._unsloth_seq_packing_grad_ok = True  # of answers that do not share a prompt
     policy._unsloth_seq_packing_grad_verified_T = policy._unsloth_seq_packing_grad_verified_seg = sys.maxsize
 
 

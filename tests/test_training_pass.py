@@ -87,13 +87,17 @@ def test_the_layout_is_made_once(xformers, monkeypatch):
 
 @pytest.fixture
 def unsloth(monkeypatch):
-    names = "unsloth", "unsloth.utils", "unsloth.utils.attention_dispatch", "unsloth.kernels"
+    parts = "attention_dispatch", "prefix_grouper"
+    names = "unsloth", "unsloth.utils", "unsloth.kernels", *(f"unsloth.utils.{part}" for part in parts)
     modules = {name: ModuleType(name) for name in names}
-    dispatch = modules["unsloth.utils"].attention_dispatch = modules["unsloth.utils.attention_dispatch"]
+    for part in parts:
+        setattr(modules["unsloth.utils"], part, modules[f"unsloth.utils.{part}"])
+    dispatch, grouper = (modules[f"unsloth.utils.{part}"] for part in parts)
     dispatch._flex_shared_prefix_attention = "FlexAttention"
+    grouper._VERIFY_ON, grouper._TOKR_THRESHOLD = True, 1.3
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    return SimpleNamespace(dispatch=dispatch, kernels=modules["unsloth.kernels"])
+    return SimpleNamespace(dispatch=dispatch, grouper=grouper, kernels=modules["unsloth.kernels"])
 
 
 def test_unsloth_is_given_the_attention(unsloth, xformers):
@@ -112,6 +116,22 @@ def test_another_unsloth_is_left_alone(unsloth, xformers, capsys):
     del unsloth.dispatch._flex_shared_prefix_attention
     assert not training_pass.share_prompts()
     assert "another unsloth" in capsys.readouterr().out
+
+
+def test_an_unsloth_that_compares_in_another_way_is_left_alone(unsloth, xformers, capsys):
+    del unsloth.grouper._VERIFY_ON
+    assert not training_pass.share_prompts()
+    assert unsloth.dispatch._flex_shared_prefix_attention == "FlexAttention"
+    assert "another unsloth" in capsys.readouterr().out
+
+
+def test_unsloth_compares_its_pass_with_no_other(unsloth, xformers):
+    """As it asks: whether to compare, from which saving on to share, and how large a row without shared prompts is known to be right."""
+    policy = torch.nn.Module()
+    training_pass.trust_pass(policy)
+    assert not unsloth.grouper._VERIFY_ON and unsloth.grouper._TOKR_THRESHOLD == 1
+    verified = [policy._unsloth_seq_packing_grad_verified_T, policy._unsloth_seq_packing_grad_verified_seg]
+    assert policy._unsloth_seq_packing_grad_ok is True and min(verified) > 10**9
 
 
 def test_without_unsloth_there_is_nothing_to_do(capsys):
