@@ -236,7 +236,8 @@ def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Calla
             results[name]["rewards"] = {f.__name__: mean_reward(f(**given)) for f in rules.funcs}
     how = f"{args.samples} samples each" if args.samples > 1 else "one answer each"
     say(f"{len(labels)} questions of {dataset if is_file else f'{dataset} ({args.eval})'}, {how}")
-    if is_file and args.adapter and Path(recipe.dataset).is_file() and Path(recipe.dataset).samefile(args.eval):
+    whole = is_file and split == "train" and args.adapter  # a file without a column that says what is held out
+    if whole and Path(recipe.dataset).is_file() and Path(recipe.dataset).samefile(args.eval):
         note("note: the adapter was trained on most of these; --eval test has those that were held out")
     say(evaluation_table(results))
     for name, result in results.items():

@@ -36,7 +36,8 @@ class Trainer(GRPOTrainer):
         self._shared = contextlib.nullcontext
         if share_prompts():
             self._shared = prompts_shared
-            trust_pass(self.model)
+            if self.use_vllm:  # whose log-probabilities each step is compared with
+                trust_pass(self.model)
         unsloth = vars(sys.modules[GRPOTrainer.__module__])  # its loss, which it writes into a file of its own
         if loss := unsloth.get("UnslothEfficientGRPO"):
 
@@ -126,7 +127,7 @@ class Trainer(GRPOTrainer):
         return loss
 
     def create_model_card(self, *args, **kwargs):
-        """None: TRL's would name no base model. README.md and eval.json say what the folder holds."""
+        """None: TRL's would name no base model."""
 
     def _inner_training_loop(self, batch_size=None, **kwargs):
         """A resumed run has the micro-batches of its recipe; transformers would take those of the checkpoint."""
