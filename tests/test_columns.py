@@ -96,6 +96,8 @@ def test_a_run_and_infer_with_them(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments)])
         infer.main()
         assert json.loads((out / "e.json").read_text())["n"] == n
+        said = "".join(capsys.readouterr())
+        assert ("was trained on most of these" in said) == (evaluated is file)
 
 
 def test_a_run_keeps_its_columns(tmp_path):
