@@ -68,7 +68,26 @@ def vllms_choice(config: dict, loras: int, slices: int, rows: int, k: int, n: in
     return nearest(nearest(nearest(nearest(config, loras)[str(slices)], rows), k), n)
 
 
-def test_vllm_finds_the_blocks_of_its_lora_kernels(card):
+@pytest.fixture
+def reader(monkeypatch):
+    """Stands in for the module of vLLM that reads the files."""
+    names = ["vllm", "vllm.lora", "vllm.lora.ops", "vllm.lora.ops.triton_ops", "vllm.lora.ops.triton_ops.utils"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = sys.modules[names[-1]]
+    module.load_lora_op_config = None
+    return module
+
+
+def test_a_vllm_that_reads_no_blocks_is_left_alone(card, reader, capsys):
+    card((7, 5))
+    del reader.load_lora_op_config
+    decoding.tune_lora_kernels()
+    assert "VLLM_TUNED_CONFIG_FOLDER" not in os.environ
+    assert capsys.readouterr().out.startswith("generation  this vLLM does not read how to cut its LoRA kernels' work")
+
+
+def test_vllm_finds_the_blocks_of_its_lora_kernels(card, reader):
     card((7, 5), name="NVIDIA GeForce RTX 2080-Ti")
     decoding.tune_lora_kernels()
     folder = Path(os.environ["VLLM_TUNED_CONFIG_FOLDER"])
