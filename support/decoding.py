@@ -83,7 +83,9 @@ def tune_lora_kernels() -> None:
     try:
         from vllm.lora.ops.triton_ops.utils import load_lora_op_config  # noqa: F401  what reads them
     except ImportError:
-        return say("generation  this vLLM does not read how to cut its LoRA kernels' work: it cuts as it does by itself")
+        return say(
+            "generation  this vLLM does not read how to cut its LoRA kernels' work: it cuts as it does by itself"
+        )
     _folder = tempfile.TemporaryDirectory(prefix="grpo-kernels-")
     card = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
 
