@@ -16,7 +16,7 @@ no_share, no_fuse   ours, but a prompt is computed anew for each of its answers;
 no_trust  ours, but unsloth compares its pass with one for each answer by itself whenever a micro-batch is larger than all before
 no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
 
-A variant may bring settings of its own: "ours --prompts_per_step 16". With --processes 2 each runs under torchrun, on two cards.
+A variant may bring settings of its own: "ours --config recipes/24gb.yaml --max_completion_length 200". With --processes 2 each runs under torchrun, on two cards.
 --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
 empty caches for compiled code (a step or two), then with those caches. Prints the seconds from the start of the process
 to the first optimiser step, cold and warm; of the steps after the second, the median seconds, how they divide, completions
@@ -104,7 +104,8 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
 
     from support.trainer import GRPOTrainer  # TRL's
 
-    recipe = train_grpo.parse_recipe(["--config", CONFIGS[variant], *settings, *own])
+    config = [] if "--config" in own else ["--config", CONFIGS[variant]]
+    recipe = train_grpo.parse_recipe([*config, *settings, *own])
     for name in CHANGES if variant == "as_it_comes" else [variant] if variant in CHANGES else []:
         module, attribute, other = CHANGES[name]
         importlib.import_module(module)
@@ -193,7 +194,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         train_grpo.FastLanguageModel.from_pretrained = with_inductor
     if plain:  # the estimate is for unsloth's and vLLM's shared weights, and TRL adds the LoRA itself
         train_grpo.preflight = lambda *args: 0
-        train_grpo.attach_lora = lambda model, *_: model
+        train_grpo.load_policy = lambda recipe, kept: load_and_mark(recipe, recipe.completions_each)
     train_grpo.run(recipe)
     if screen.RANK != "0":
         return
@@ -217,6 +218,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         "marks": marks,
         "steps": steps,
         "gib": metrics[-1]["gib"],
+        "allocated": torch.cuda.max_memory_allocated() / GIB if GPU else 0,
         "card_gib": metrics[-1]["gib"] + (total - free - torch.cuda.memory_reserved() / GIB if GPU else 0),
         "linear": linear,
         "output_layer": embeddings if tied else embeddings // 2,
@@ -291,7 +293,7 @@ def main() -> None:
     if args.child:
         return measure(args.variants[0], settings, args.child, args.all_answers, args.json)
 
-    results, rates = [], {}
+    results, failed, rates = [], [], {}
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(args.variants):
             caches = {name: str(Path(folder, f"caches-{number}", name)) for name in CACHES} if args.cold else {}
@@ -310,6 +312,7 @@ def main() -> None:
                 print(f"--- {variant}, {start}", flush=True)
                 own = ENVIRONMENT.get(variant.split()[0], {})
                 if subprocess.run(command, env=os.environ | caches | own).returncode:
+                    failed.append(variant)
                     break
                 measured = json.loads(path.read_text())
                 result |= measured | {f"{start} marks": measured["marks"]}
@@ -368,6 +371,8 @@ def main() -> None:
         print(f"{'':{width}}  steps {min(spread):.2f} to {max(spread):.2f} s")
     for dtype, (bandwidth, rate) in rates.items():
         print(f"measured: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.1f} TFLOP/s in {dtype}")
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from support import screen
 from support.errors import UserError, fail
@@ -184,7 +184,7 @@ def to_record(index: int, prompt: list, label, completions: list, with_rewards: 
 def show(answers: dict[str, list], args: argparse.Namespace, prompt: list, rules: Rules) -> None:
     """Prints the completions of each policy to `prompt`, but for a single one, which has been shown as it arrived."""
     if args.compare:
-        table = Table(*answers, show_lines=True)
+        table = Table(*(Column(name, overflow="fold") for name in answers), show_lines=True)  # Chinese has no blanks
         for row in zip(*answers.values(), strict=True):
             table.add_row(*(completion.text for completion in row))
         Console(file=screen.output(), markup=False, highlight=False, emoji=False).print(table)

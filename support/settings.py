@@ -152,6 +152,8 @@ def parse_recipe(argv: list[str]) -> Recipe:
         if action.dest.startswith("no_") or any(name.startswith("--no_") for name in action.option_strings):
             action.help = argparse.SUPPRESS
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if argv.count("--config") > 1:
+        raise UserError("--config is given more than once: give one file, and what shall differ as --SETTING VALUE.")
     try:
         recipe, _, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except OSError as error:

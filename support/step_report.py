@@ -147,7 +147,8 @@ class Report(TrainerCallback):
             self.say_hours(state.global_step)
         if state.global_step % self.recipe.sample_steps == 0:
             say("    " + sample_text(samples[0]).replace("\n", "\n    "))
-            draw_reward_curve(self.out, self.rules.maxima)
+            if not control.should_save:  # which draws it
+                draw_reward_curve(self.out, self.rules.maxima)
 
     def say_hours(self, step: int) -> None:
         """How long the run takes, once its steps have found their pace: the first of this process is the slowest."""

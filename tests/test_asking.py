@@ -1,5 +1,6 @@
 """infer.py as a command, on the tiny model with an adapter that changes what it says."""
 
+import argparse
 import json
 import os
 import pty
@@ -22,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from data import to_prompt
 from infer import main
 from support.adapters import check_adapter, recipe_of
+from support.asking import show
 from support.engine import adapter_name, own_lora_folder
 from support.errors import UserError
-from support.evaluation import generate
+from support.evaluation import Completion, generate
 from support.preflight import prepare_tokenizer
 from support.settings import load_recipe
 from train_grpo import attach_lora
@@ -79,6 +81,15 @@ def test_base_and_adapter_differ_and_compare_shows_both(infer, adapter):
     assert "base" in both and "adapter" in both
     for line in base.replace("— reasoning", "").replace("— answer", "").split():
         assert line in both
+
+
+def test_compare_cuts_no_line_that_has_no_blanks(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = "".join(chr(0x4E00 + i) for i in range(200))
+    answers = {name: [Completion(text, 200, False)] for name in ("base", "adapter")}
+    show(answers, argparse.Namespace(compare=True, rewards=False, samples=1), [{"content": QUESTION}], None)
+    rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert ["".join(column).replace(" ", "") for column in zip(*rows, strict=True)] == [text, text]
 
 
 def test_what_is_streamed_is_what_is_generated():

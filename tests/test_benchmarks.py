@@ -57,9 +57,11 @@ def test_training_divides_a_step_into_its_parts(tmp_path):
     settings = "--model tiny --dataset tiny/questions --use_vllm false --load_in_4bit false --optim adamw_torch"
     settings += " --max_completion_length 32 --prompts_per_step 1 --micro_batch_size 6"
     figures = tmp_path / "figures.json"
-    printed = run("benchmarks.training", "ours", "--no-cold", "--steps", "2", "--json", str(figures), *settings.split())
+    variants = "trl", "ours --config recipes/tiny.yaml --num_generations 6"
+    printed = run("benchmarks.training", *variants, "--no-cold", "--steps", "2", "--json", str(figures), *settings.split())
     assert "compl./s" in printed and "over floor" in printed
-    (measured,) = json.loads(figures.read_text())
+    trl, measured = json.loads(figures.read_text())
+    assert trl["name"] == "trl" and [step["completions"] for step in trl["steps"]] == [6, 6]
     assert [step["completions"] for step in measured["steps"]] == [6, 6]
     for step in measured["steps"]:
         assert 0 < step["scoring"] < step["generation"] < step["generate and score"] < step["step"]

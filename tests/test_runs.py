@@ -70,6 +70,13 @@ def short_run(tmp_path_factory):
     return out, result.stdout + result.stderr
 
 
+def test_the_picture_is_drawn_once_where_a_step_has_a_sample_and_a_checkpoint(tmp_path, monkeypatch):
+    drawn, arguments = [], ["--max_steps", 4, "--save_steps", 2, "--sample_steps", 1, "--dev_samples", 0]
+    draw = lambda out, _: drawn.append(len(jsonl(out / "metrics.jsonl")))  # noqa: E731
+    in_process(monkeypatch, *arguments, "--output_dir", tmp_path / "run", draw=draw)
+    assert drawn == [1, 2, 3, 4, 4]  # the last one has the evaluation
+
+
 def test_everything_that_the_design_lists_is_written(short_run):
     out, _ = short_run
     written = {path.name for path in out.iterdir()}

@@ -65,6 +65,7 @@ def test_a_written_recipe_reads_back_the_same(tmp_path):
 
 BAD_FLAGS = [
     (["--max_stepz", "5"], "unknown setting --max_stepz; the nearest is --max_steps."),
+    (["--config", "recipes/tiny.yaml", "--config=recipes/t4.yaml"], "--config is given more than once: give one file"),
     (["--max_step", "5"], "the nearest is --max_steps."),  # no silent abbreviation
     (["--lr", "5"], "unknown setting --lr; the nearest is --"),
     (["stray"], "stray is neither"),
