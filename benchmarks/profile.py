@@ -1,8 +1,9 @@
 """Where the milliseconds of a token and of a micro-batch go on the card, by kind of kernel, and for how long it has nothing to do.
 
-    python -m benchmarks.profile --model MODEL --dataset DATASET --max_completion_length 200 [--SETTING VALUE ...]
+    python -m benchmarks.profile [--variant as_it_comes] --model MODEL --dataset DATASET --max_completion_length 200 [--SETTING VALUE ...]
 
-Runs train_grpo.py with recipes/t4.yaml and these settings for four steps, on all answers, as a model with random weights needs. The
+Runs train_grpo.py with recipes/t4.yaml and these settings for four steps, on all answers, as a model with random weights needs;
+--variant leaves out what that variant of benchmarks/training.py does. The
 fourth step's answers are generated twice: as they are, for the seconds, and their first 40 tokens under PyTorch's
 profiler, which slows Python down but not the kernels; those of the third step, too, without the profiler, for the seconds of a token
 without the prompts. The second micro-batch of each step gives the seconds of one, that of the fourth
@@ -69,14 +70,15 @@ def show(what: str, seconds: list[float], spans: list, each: int, floor: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _, settings = parser.parse_known_args()
+    parser.add_argument("--variant", default="ours")
+    args, settings = parser.parse_known_args()
     import train_grpo
 
     # isort: split
     import torch
     from transformers import AutoConfig
 
-    from benchmarks.training import card_rates, on_all_answers
+    from benchmarks.training import card_rates, leave_out, on_all_answers
     from support.memory import parameter_counts
     from support.preflight import compute_dtype
     from support.trainer import Trainer
@@ -84,6 +86,7 @@ def main() -> None:
     quick = ["--max_steps", "4", "--eval_samples", "1", "--dev_samples", "0", "--save_steps", "1000000"]
     folder = tempfile.TemporaryDirectory()
     recipe = train_grpo.parse_recipe([*quick, *settings, "--output_dir", folder.name])
+    leave_out(args.variant, recipe)
     tokens, after, passes, spans, read = [], [], [], {}, {}
 
     def timed(work):

@@ -106,10 +106,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
 
     config = [] if "--config" in own else ["--config", CONFIGS[variant]]
     recipe = train_grpo.parse_recipe([*config, *settings, *own])
-    for name in CHANGES if variant == "as_it_comes" else [variant] if variant in CHANGES else []:
-        module, attribute, other = CHANGES[name]
-        importlib.import_module(module)
-        setattr(sys.modules[module], attribute, other or recipe.max_completion_length / 4)
+    leave_out(variant, recipe)
     if variant == "trl":
         recipe.use_vllm = False
     marks, steps, parts = {"imported": time.time() - started}, [], {}
@@ -227,6 +224,14 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         "dtype": str(compute_dtype(recipe)).removeprefix("torch."),
     }
     json_file.write_text(json.dumps(result))
+
+
+def leave_out(variant: str, recipe) -> None:
+    """Takes back what `variant` does without: of CHANGES one, all of them, or none."""
+    for name in CHANGES if variant == "as_it_comes" else [variant] if variant in CHANGES else []:
+        module, attribute, other = CHANGES[name]
+        importlib.import_module(module)
+        setattr(sys.modules[module], attribute, other or recipe.max_completion_length / 4)
 
 
 def on_all_answers(trainer: type) -> type:

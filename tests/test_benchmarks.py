@@ -58,7 +58,9 @@ def test_training_divides_a_step_into_its_parts(tmp_path):
     settings += " --max_completion_length 32 --prompts_per_step 1 --micro_batch_size 6"
     figures = tmp_path / "figures.json"
     variants = "trl", "ours --config recipes/tiny.yaml --num_generations 6"
-    printed = run("benchmarks.training", *variants, "--no-cold", "--steps", "2", "--json", str(figures), *settings.split())
+    printed = run(
+        "benchmarks.training", *variants, "--no-cold", "--steps", "2", "--json", str(figures), *settings.split()
+    )
     assert "compl./s" in printed and "over floor" in printed
     trl, measured = json.loads(figures.read_text())
     assert trl["name"] == "trl" and [step["completions"] for step in trl["steps"]] == [6, 6]
