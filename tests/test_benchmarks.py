@@ -85,6 +85,15 @@ def test_memory_tries_the_combinations_that_make_sense(tmp_path):
     assert measured["estimate"] == pytest.approx(sum(measured["parts"].values()))
 
 
+def test_operations_are_those_of_the_tokens_and_of_the_layers_that_compute_again():
+    settings = ["--config", "recipes/tiny.yaml", "--num_generations", "8", "--max_completion_length", "60"]
+    printed = run("benchmarks.operations", *settings, "--kept", "1", "--prompt_length", "60")
+    *_, each, once, kept = [float(line.split()[-3]) for line in printed.splitlines() if "TFLOP" in line]
+    # 64 answers and 64 prompts of 60 tokens, or 8; the output layer, a fifteenth of the products, is of answers alone
+    assert 0.56 < once / each < 0.62
+    assert 1 - 1 / 3 / 4 < kept / once < 0.95  # a third of one of four layers, less the output layer's part
+
+
 AS_H100 = """
 import types
 import torch
