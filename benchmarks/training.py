@@ -216,6 +216,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         "steps": steps,
         "gib": metrics[-1]["gib"],
         "allocated": torch.cuda.max_memory_allocated() / GIB if GPU else 0,
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"] if GPU else 0,  # allocations for which it freed first
         "card_gib": metrics[-1]["gib"] + (total - free - torch.cuda.memory_reserved() / GIB if GPU else 0),
         "linear": linear,
         "output_layer": embeddings if tied else embeddings // 2,
