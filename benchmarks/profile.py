@@ -8,7 +8,7 @@ fourth step's answers are generated twice: as they are, for the seconds, and the
 profiler, which slows Python down but not the kernels; those of the third step, too, without the profiler, for the seconds of a token
 without the prompts. The second micro-batch of each step gives the seconds of one, that of the fourth
 the kernels. The floor: for a token the weights read once at the measured bandwidth; for a micro-batch four operations a
-weight and token, at the measured rate (benchmarks/training.py).
+weight and token, a prompt once for its group, at the measured rate (benchmarks/training.py).
 """
 
 import argparse
@@ -119,7 +119,8 @@ def main() -> None:
             if self._step % self.args.steps_per_generation != 1:
                 return super().training_step(*args, **kwargs)
             masks = (self._buffered_inputs[1][f"{part}_mask"].sum().item() for part in ("prompt", "completion"))
-            read["all"], read["answers"] = sum(masks := list(masks)), masks[1]
+            prompts, read["answers"] = masks
+            read["all"] = prompts // self.num_generations + read["answers"]
             if self.state.global_step == 3:
                 spans["pass"] = profiled(lambda: super(Profiled, self).training_step(*args, **kwargs))
             result, seconds = timed(lambda: super(Profiled, self).training_step(*args, **kwargs))

@@ -24,7 +24,7 @@ and tokens a second; peak memory; and the least that the card could need for suc
 
   generation: each token of the longest completion reads the weights once, at the measured bandwidth;
   training: 4 floating-point operations a weight and token (forward, and backward through frozen weights), at the
-  measured matrix rate, for prompts and completions, the output layer for completions only, and for groups with an
+  measured matrix rate, for a prompt once in its group and the completions, the output layer for completions only, and for groups with an
   advantage only, where the variant skips the others.
 """
 
@@ -219,6 +219,7 @@ def measure(variant: str, settings: list[str], started: float, all_answers: bool
         "retries": torch.cuda.memory_stats()["num_alloc_retries"] if GPU else 0,  # allocations for which it freed first
         "card_gib": metrics[-1]["gib"] + (total - free - torch.cuda.memory_reserved() / GIB if GPU else 0),
         "linear": linear,
+        "group": recipe.num_generations,
         "output_layer": embeddings if tied else embeddings // 2,
         "bytes": torch.finfo(compute_dtype(recipe)).bits / 8,  # of a weight; NF4's 4.127 bits only in the linear layers
         "linear_bytes": 4.127 / 8 if recipe.load_in_4bit else torch.finfo(compute_dtype(recipe)).bits / 8,
@@ -275,7 +276,8 @@ print(2 * m / seconds(lambda: c.copy_(b)), 2 * n**3 / seconds(lambda: a @ a))
 def floor_seconds(result: dict, step: dict, bandwidth: float, rate: float) -> tuple[float, float]:
     """The least seconds of generation and of training for `step`."""
     weights = result["linear"] * result["linear_bytes"] + result["output_layer"] * result["bytes"]
-    operations = 4 * step["trained"] * (result["linear"] * step["all tokens"] + result["output_layer"] * step["tokens"])
+    read = step["tokens"] + (step["all tokens"] - step["tokens"]) / result["group"]
+    operations = 4 * step["trained"] * (result["linear"] * read + result["output_layer"] * step["tokens"])
     return step["longest"] * weights / bandwidth, operations / rate
 
 
