@@ -24,8 +24,8 @@ and tokens a second; peak memory; and the least that the card could need for suc
 
   generation: each token of the longest completion reads the weights once, at the measured bandwidth;
   training: 4 floating-point operations a weight and token (forward, and backward through frozen weights), at the
-  measured matrix rate, for a prompt once in its group and the completions, the output layer for completions only, and for groups with an
-  advantage only, where the variant skips the others.
+  measured matrix rate, for a prompt once in its group and the completions, the output layer for completions only, and
+  for groups with an advantage only, where the variant skips the others.
 """
 
 import argparse
