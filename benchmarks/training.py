@@ -12,6 +12,7 @@ triton    ours, but vLLM's attention is Triton's; flashinfer: FlashInfer's, as u
 as_it_comes         ours, without what support/decoding.py and support/training_pass.py change in vLLM and unsloth
 no_ahead, no_merge  ours, but vLLM waits for Python between two tokens; multiplies by each 4-bit weight by itself
 no_tune             ours, but vLLM's kernels for the LoRA cut their work as vLLM has them do
+no_once             ours, but unsloth loads the checkpoint again for its settings, a 4-bit one on the card
 no_share, no_fuse   ours, but a prompt is computed anew for each of its answers; q, k and v one by one
 no_trust  ours, but unsloth compares its pass with one for each answer by itself whenever a micro-batch is larger than all before
 no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
@@ -57,6 +58,7 @@ CHANGES = {  # what each of these variants leaves out: (module, name, what takes
     "no_ahead": ("support.engine", "schedule_ahead", lambda: None),
     "no_merge": ("support.engine", "merge_products", lambda: None),
     "no_tune": ("support.engine", "tune_lora_kernels", lambda: None),
+    "no_once": ("support.engine", "load_once", lambda: None),
     "no_share": ("support.trainer", "prompts_shared", contextlib.nullcontext),
     "no_trust": ("support.trainer", "trust_pass", lambda policy: None),
     "no_fuse": ("train_grpo", "fuse_qkv", lambda policy: None),

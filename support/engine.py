@@ -10,6 +10,7 @@ import torch
 from support.decoding import merge_products, schedule_ahead, tune_lora_kernels
 from support.errors import StartAgain
 from support.preflight import GPU
+from support.screen import say
 from support.settings import Recipe
 from support.turing import AT_ONCE
 
@@ -23,6 +24,7 @@ def engine_arguments(recipe: Recipe, max_num_seqs: int, share: float) -> dict:
     schedule_ahead()
     merge_products()
     tune_lora_kernels()
+    load_once()
     if torch.cuda.get_device_capability() < (8, 0):
         max_num_seqs = min(max_num_seqs, AT_ONCE)
     sequences = math.ceil(max_num_seqs / 8) * 8  # as CUDA graphs come
@@ -36,6 +38,29 @@ def engine_arguments(recipe: Recipe, max_num_seqs: int, share: float) -> dict:
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},  # no compiler, but CUDA graphs
         "enforce_eager": recipe.enforce_eager,  # not even these
     }
+
+
+def load_once() -> None:
+    """Keeps unsloth from loading the checkpoint again behind vLLM, a 4-bit one on the card, only to copy settings from it.
+
+    It makes the model that is trained of vLLM's weights; without a name it takes the settings from the model's config.
+    Written for unsloth_zoo 2026.10; where that has changed, it loads twice, or fails as it would by itself.
+    """
+    try:
+        from unsloth_zoo import empty_model
+
+        create = empty_model.create_empty_causal_lm
+    except (ImportError, AttributeError):
+        return say("loading     this unsloth_zoo may load the model a second time for its settings")
+
+    def from_config(config, *args, **options):
+        name, config.model_name = getattr(config, "model_name", None), None
+        try:
+            return create(config, *args, **options)
+        finally:
+            config.model_name = name
+
+    empty_model.create_empty_causal_lm = from_config
 
 
 def start_again(recipe: Recipe, error: Exception) -> StartAgain:

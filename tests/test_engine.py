@@ -109,22 +109,62 @@ SHARED = {"num_warps", "num_ctas", "num_stages", "max_nreg"}
 
 
 @pytest.fixture
+def empty_model(monkeypatch):
+    """Stands in for unsloth_zoo.empty_model; `create_empty_causal_lm` returns the name that it would load, and its other arguments."""
+    package = ModuleType("unsloth_zoo")
+    package.empty_model = module = ModuleType("unsloth_zoo.empty_model")
+    module.create_empty_causal_lm = lambda config, *args: (config.model_name, *args)
+    monkeypatch.setitem(sys.modules, "unsloth_zoo", package)
+    monkeypatch.setitem(sys.modules, "unsloth_zoo.empty_model", module)
+    return module
+
+
+def test_unsloth_takes_its_settings_from_the_config(empty_model):
+    engine.load_once()
+    config = SimpleNamespace(model_name="Qwen/Qwen2.5-7B-Instruct")
+    assert empty_model.create_empty_causal_lm(config, torch.float16) == (None, torch.float16)
+    assert config.model_name == "Qwen/Qwen2.5-7B-Instruct"
+    bare = SimpleNamespace()
+    assert empty_model.create_empty_causal_lm(bare) == (None,)
+
+
+def test_the_config_keeps_its_name_when_that_fails(empty_model):
+    def fail(config):
+        raise ValueError(config.model_name)
+
+    empty_model.create_empty_causal_lm = fail
+    engine.load_once()
+    config = SimpleNamespace(model_name="a model")
+    with pytest.raises(ValueError, match="None"):
+        empty_model.create_empty_causal_lm(config)
+    assert config.model_name == "a model"
+
+
+def test_another_unsloth_may_load_twice_and_says_so(empty_model, capsys):
+    del empty_model.create_empty_causal_lm
+    engine.load_once()
+    assert capsys.readouterr().out == "loading     this unsloth_zoo may load the model a second time for its settings\n"
+
+
+@pytest.fixture
 def vllm(monkeypatch):
-    """Stands in for the module of vLLM that `engine_arguments` touches; what decoding.py does has tests of its own."""
-    monkeypatch.setattr(engine, "schedule_ahead", lambda: None)
-    monkeypatch.setattr(engine, "merge_products", lambda: None)
-    monkeypatch.setattr(engine, "tune_lora_kernels", lambda: None)
+    """Stands in for the module of vLLM that `engine_arguments` touches. The changes have tests of their own: here is who was called."""
+    called = []
+    for change in ("schedule_ahead", "merge_products", "tune_lora_kernels", "load_once"):
+        monkeypatch.setattr(engine, change, lambda change=change: called.append(change))
     names = "vllm", "vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.registry"
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for parent, child in itertools.pairwise(names):
         monkeypatch.setattr(sys.modules[parent], child.rsplit(".")[-1], sys.modules[child], raising=False)
+    return called
 
 
 @pytest.mark.parametrize("capability, asked, at_once", [((7, 5), 48, 48), ((7, 5), 96, 64), ((8, 6), 96, 96)])
 def test_a_t4_answers_at_most_64_at_once(card, vllm, capability, asked, at_once):
     card(capability)
     assert engine.engine_arguments(Recipe(), asked, 0.6)["max_num_seqs"] == at_once
+    assert vllm == ["schedule_ahead", "merge_products", "tune_lora_kernels", "load_once"]
 
 
 # --- where vLLM does not start ---
