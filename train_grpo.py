@@ -17,9 +17,9 @@ A step of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300), as it is do
 
 The order is: settings, preflight, data, model, rewards, evaluation, training, evaluation. What is not in this file: every
 number of a run and its default (support/settings.py, recipes/*.yaml), checks and the memory estimate (preflight.py,
-memory.py), what --check tries (check.py), what is printed and written for each step (step_report.py), schedules of the learning rate (schedule.py), going
-on after an interruption (stopping.py, resuming.py), how answers are measured (evaluation.py; when: `run`, below), files of
-questions (data.py, tables.py), rewards of your own (rules.py, examples/).
+memory.py), what --check tries (check.py), what is printed and written for each step (step_report.py), schedules of the
+learning rate (schedule.py), going on after an interruption (stopping.py, resuming.py), how answers are measured
+(evaluation.py; when: `run`, below), files of questions (data.py, tables.py), rewards of your own (rules.py, examples/).
 """
 
 from support import screen  # before what prints, as every library below does

@@ -1,10 +1,10 @@
-"""How many operations a micro-batch's training takes, counted without a GPU and without weights: PyTorch's FlopCounterMode on fake tensors.
+"""How many operations a micro-batch's training takes, counted by PyTorch's FlopCounterMode on fake tensors: no GPU, no weights.
 
     python -m benchmarks.operations --model MODEL [--SETTING VALUE ...]
 
-MODEL needs no more than a config.json. Attention is left out, less than a hundredth of the 7B model's. The rows: each prompt computed for each of
-its answers; once for its group; and with as many layers as --kept says that keep their activations, the others computing
-them again. All answers and prompts have the length that is given. What unsloth does by hand is the same products.
+MODEL needs no more than a config.json. The rows: a prompt computed for each of its answers; once for its group; and with
+--kept layers that keep their activations, the others computing them again. All answers and prompts have the length that is
+given. Attention is left out, less than a hundredth of the 7B model's; unsloth's own passes are the same products.
 """
 
 import argparse

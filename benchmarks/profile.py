@@ -2,12 +2,11 @@
 
     python -m benchmarks.profile [--variant as_it_comes] --model MODEL --dataset DATASET --max_completion_length 200 [--SETTING VALUE ...]
 
-Runs train_grpo.py with recipes/t4.yaml and these settings for four steps, on all answers, as a model with random weights needs;
---variant leaves out what that variant of benchmarks/training.py does. The
-fourth step's answers are generated twice: as they are, for the seconds, and their first 40 tokens under PyTorch's
-profiler, which slows Python down but not the kernels; those of the third step, too, without the profiler, for the seconds of a token
-without the prompts. The second micro-batch of each step gives the seconds of one, that of the fourth
-the kernels. The floor: for a token the weights read once at the measured bandwidth; for a micro-batch four operations a
+Runs train_grpo.py with recipes/t4.yaml and these settings for four steps, on all answers, as a model with random weights
+needs; --variant leaves out what that variant of benchmarks/training.py does. The fourth step's answers are generated
+twice: as they are, for the seconds, and their first 40 tokens under PyTorch's profiler, which slows Python down but not
+the kernels; those of the third step, too, without the profiler, for the seconds of a token without the prompts. The
+second micro-batch of each step gives the seconds of one, that of the fourth the kernels. The floor: for a token the weights read once at the measured bandwidth; for a micro-batch four operations a
 weight and token, a prompt once for its group, at the measured rate (benchmarks/training.py).
 """
 
@@ -102,16 +101,14 @@ def main() -> None:
                 return super(Profiled, self)._generate_single_turn(*args, **kwargs)
 
             length, self.max_completion_length = self.max_completion_length, TOKENS
-            if (
-                self.state.global_step == 2
-            ):  # with another LoRA for vLLM, which has the prompts' keys and values otherwise
-                short = timed(generate)[1]
+            # the third step: vLLM, which keeps the prompts' keys and values, gets another LoRA with each call
+            short = timed(generate)[1] if self.state.global_step == 2 else 0
             if self.state.global_step == 3:
                 spans["token"] = profiled(generate)
             self.max_completion_length = length
             result, seconds = timed(generate)
             tokens.append(seconds / max(map(len, result[1])))
-            if self.state.global_step == 2:
+            if short:
                 after.append((seconds - short) / (max(map(len, result[1])) - TOKENS))
             return result
 

@@ -9,7 +9,7 @@ trl_vllm  ours, but the model loaded by transformers and PEFT, and TRL's own col
 inductor  ours, but torch.compile is on: vLLM compiles the model and its ranking of tokens with it, as it does by default
 compiled  ours, but torch.compile is on: unsloth compiles its loss with it, as it does by default, and vLLM its ranking
 triton    ours, but vLLM's attention is Triton's; flashinfer: FlashInfer's, as unsloth chooses where it finds nvcc and ninja
-as_it_comes         ours, without what support/decoding.py and support/training_pass.py change in vLLM and unsloth
+as_it_comes         ours, without all that the following leave out one by one
 no_ahead, no_merge  ours, but vLLM waits for Python between two tokens; multiplies by each 4-bit weight by itself
 no_tune             ours, but vLLM's kernels for the LoRA cut their work as vLLM has them do
 no_once             ours, but unsloth loads the checkpoint again for its settings, a 4-bit one on the card
@@ -17,8 +17,8 @@ no_share, no_fuse   ours, but a prompt is computed anew for each of its answers;
 no_trust  ours, but unsloth compares its pass with one for each answer by itself whenever a micro-batch is larger than all before
 no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
 
-A variant may bring settings of its own: "ours --config recipes/24gb.yaml --max_completion_length 200". With --processes 2 each runs under torchrun, on two cards.
---SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
+A variant may bring settings of its own: "ours --config recipes/24gb.yaml --max_completion_length 200". With --processes 2
+each runs under torchrun, on two cards. --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
 empty caches for compiled code (a step or two), then with those caches. Prints the seconds from the start of the process
 to the first optimiser step, cold and warm; of the steps after the second, the median seconds, how they divide, completions
 and tokens a second; peak memory; and the least that the card could need for such a step:

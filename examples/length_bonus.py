@@ -3,7 +3,7 @@
     python train_grpo.py --config recipes/tiny.yaml --output_dir outputs/length_bonus --rewards examples/length_bonus.py
 
 A long number is easier to write than a right one, and worth more here. In these 80 steps the reward rose from 4.9 to
-16.8, and the accuracy, which our rewards alone raise from 29 to 81 %, fell from 29 to 0 %: what is rewarded is learnt,
+16.8, and the accuracy, which our rewards alone raise from 29 to some 80 %, fell from 29 to 0 %: what is rewarded is learnt,
 not what is meant.
 """
 

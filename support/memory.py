@@ -83,8 +83,8 @@ def estimate_memory(config, recipe: Recipe, card_gib: float, kept: int = 0, shar
     parts = {
         "weights": weights,
         "KV cache": kv_cache,
-        "LoRA and optimiser": lora
-        * (4 + 4 + 2 + optimizer + buckets),  # float32 weights and gradients, vLLM's 16-bit copy
+        # float32 weights and gradients, vLLM's 16-bit copy
+        "LoRA and optimiser": lora * (4 + 4 + 2 + optimizer + buckets),
         "activations and logits": activations,
         "CUDA and buffers": (outside_gib(recipe) + BUFFERS_GIB) * GIB,
     }

@@ -95,7 +95,7 @@ def disagreement(metrics: list[dict], recipe: Recipe) -> str | None:
     if found <= DIFFERENCE:
         return None
     return (
-        f"the log-probabilities of the answers are {found:.2f} apart, on average, in generation and in training (0.001 to 0.05 is "
+        f"the log-probabilities of the answers are {found:.2f} apart, on average, in generation and in training (0.001 to 0.08 is "
         "usual): what is trained is not what answers. Stop here, and start with UNSLOTH_GRPO_PREFIX_GROUPER=0 in the environment "
         "or with --use_vllm false; --check tells whether that helps"
     )
