@@ -181,6 +181,12 @@ def xml_count(text: str) -> float:
     return 0.125 * (tags + ended_once) - 0.001 * len(tail.rstrip())
 
 
+def is_english(text: str) -> bool:
+    """Whether `text` has more words in Latin letters than Chinese characters; tags and LaTeX commands do not count."""
+    text = re.sub(r"</?[a-z]+>|\\[A-Za-z]+", " ", text)
+    return len(re.findall(r"[A-Za-z]{2,}", text)) > len(re.findall(r"[一-鿿]", text))
+
+
 def _texts(completions: list) -> list[str]:
     """TRL hands over a list of messages for each chat completion, a string for a plain one."""
     return [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]

@@ -4,6 +4,7 @@ import math
 
 from transformers import TrainerCallback
 
+from rewards import is_english
 from support.evaluation import best_evaluation
 from support.screen import say
 from support.settings import Recipe
@@ -101,6 +102,19 @@ def disagreement(metrics: list[dict], recipe: Recipe) -> str | None:
     )
 
 
+def other_language(rollout: dict, recipe: Recipe) -> str | None:
+    """Most answers of a step are in English, or in other words of Latin letters, and their questions are not."""
+    questions, answers = ([turn[-1]["content"] for turn in rollout[name]] for name in ("prompts", "completions"))
+    left = [is_english(answer) for question, answer in zip(questions, answers, strict=True) if not is_english(question)]
+    if 2 * sum(left) <= len(answers):
+        return None
+    pays = "" if recipe.rewards else "--rewards examples/in_chinese.py, which pays for Chinese, or "
+    return (
+        f"{sum(left) / len(left):.0%} of the last step's answers are in English, and their questions are not: no reward asks for the "
+        f"language of the question. Give {pays}--learning_rate {recipe.learning_rate / 2:g}"
+    )
+
+
 def lora_without_effect(model, tokens: list[int]) -> str | None:
     """vLLM gives `tokens` the same log-probabilities with the LoRA as it is now and without it."""
     from vllm import SamplingParams
@@ -152,6 +166,7 @@ class Watch(TrainerCallback):
         self.warn("no variance", no_variance(metrics, self.recipe))
         self.warn("skipped", skipped(metrics, self.recipe))
         self.warn("disagreement", disagreement(metrics, self.recipe))
+        self.warn("language", other_language(self.report.rollout, self.recipe))
 
     def on_save(self, args, state, control, **kwargs):  # after the accuracy on the way
         self.warn("hacking", reward_hacking(self.report.metrics, self.report.development, self.recipe))

@@ -91,6 +91,18 @@ def test_a_file_that_takes_our_is_correct_has_numbers_for_labels():
     assert len(rules.funcs) == 6 and sum(rules.maxima.values()) == 4.0 + rules.maxima["length_bonus"]
 
 
+def test_chinese_is_paid_for_beside_our_five():
+    rules = load_rules("examples/in_chinese.py")
+    texts = [
+        f"<reasoning>\n{why}\n</reasoning>\n<answer>\n72\n</answer>"
+        for why in ("一共72杯", "72 cups in all", "70+2=72")
+    ]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    earned = [func(prompts=[], completions=completions, answer=["72"] * 3) for func in rules.funcs]
+    assert [sum(each) for each in zip(*earned, strict=True)] == [4.5, 4.0, 4.5]
+    assert sum(rules.maxima.values()) == 4.5 and rules.is_correct is is_correct
+
+
 def test_the_prompt_of_the_recipe_or_a_flag_wins_over_the_files_which_wins_over_ours(write, tmp_path, monkeypatch):
     mine = write(GOOD + TAIL + "SYSTEM_PROMPT = '答案：'")
     assert parse_recipe(["--rewards", mine]).system_prompt == "答案："

@@ -21,6 +21,7 @@ from rewards import (
     extract_answer,
     int_reward_func,
     is_correct,
+    is_english,
     label_number,
     last_number,
     parse_number,
@@ -236,6 +237,26 @@ XMLCOUNT = [
 @pytest.mark.parametrize("text, reward, why", XMLCOUNT)
 def test_xmlcount(text, reward, why):
     assert score(xmlcount_reward_func, text) == pytest.approx(reward, abs=1e-12), why
+
+
+# --- the language ---------------------------------------------------------------------------------
+
+LANGUAGES = [
+    ("<reasoning>\n48/2=24，48+24=72，所以是72\n</reasoning>\n<answer>\n72\n</answer>", False, "Chinese"),
+    ("<reasoning>\nBrad sells 2 * 16 = 32 cups.\n</reasoning>\n<answer>\n32\n</answer>", True, "English"),
+    ("Zora身高=64英寸，Brixton身高=72英寸", False, "Chinese with names"),
+    ("1. Total = 2 * 16. 2. 卖了 5 杯", False, "as many Chinese characters and more"),
+    ("1. Total cups sold: 27 杯", True, "one Chinese character"),
+    ("<reasoning>\n48 + 24 = 72\n</reasoning>\n<answer>\n72\n</answer>", False, "formulas alone: tags are no words"),
+    (r"\(\frac{48}{2} = 24\) \text{}", False, "nor are LaTeX's commands"),
+    ("x + y = 5", False, "nor single letters"),
+    ("", False, "nothing"),
+]
+
+
+@pytest.mark.parametrize("text, english, why", LANGUAGES)
+def test_english(text, english, why):
+    assert is_english(text) == english, why
 
 
 # --- the parser ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from support.watch import (
     lora_without_effect,
     no_gain,
     no_variance,
+    other_language,
     reward_hacking,
     skipped,
 )
@@ -116,10 +117,39 @@ def test_what_is_trained_is_not_what_answers(found, warned, capsys):
     if found is not None:
         metrics[-1]["sampling/sampling_logp_difference/mean"] = found
     assert (disagreement(metrics, Recipe()) is not None) == warned
-    watch = Watch(Recipe(), SimpleNamespace(metrics=metrics))
+    watch = Watch(Recipe(), SimpleNamespace(metrics=metrics, rollout=answers("二", ["二"])))
     for _ in range(2):
         watch.on_log(None, None, None, logs={"reward": 1.0})
     assert capsys.readouterr().out.count("what is trained is not what answers") == warned
+
+
+def answers(question, completions):
+    prompt = [{"role": "system", "content": "Answer in this form"}, {"role": "user", "content": question}]
+    return {"prompts": [prompt] * len(completions), "completions": [[{"content": text}] for text in completions]}
+
+
+@pytest.mark.parametrize(
+    "question, completions, warned",
+    [
+        ("她卖了多少杯？", ["一共32杯", "She sold 27 cups", "共20杯", "She sold them"], False),  # half of them
+        ("她卖了多少杯？", ["She sold 32 cups", "She sold 27 cups", "共20杯"], True),
+        ("How many cups?", ["She sold 32 cups", "She sold 27 cups"], False),
+        ("3 + 4", ["It is seven"], True),
+    ],
+)
+def test_answers_in_another_language(question, completions, warned, capsys):
+    rollout = answers(question, completions)
+    sentence = other_language(rollout, Recipe(learning_rate=2e-4))
+    assert (sentence is not None) == warned
+    if warned:
+        assert sentence.endswith(
+            "Give --rewards examples/in_chinese.py, which pays for Chinese, or --learning_rate 0.0001"
+        )
+        assert "in_chinese" not in other_language(rollout, Recipe(rewards="mine.py"))  # who has rewards has reasons
+    watch = Watch(Recipe(), SimpleNamespace(metrics=steps([1.0, 1.0]), rollout=rollout))
+    for _ in range(2):
+        watch.on_log(None, None, None, logs={"reward": 1.0})
+    assert capsys.readouterr().out.count("are in English, and their questions are not") == warned
 
 
 class Engine:
