@@ -55,7 +55,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
+    """Of several processes more than one may come here at once, where the rewards have failed in each."""
+    partial = path.with_name(f"{path.name}.{PartialState().process_index}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -21,7 +22,7 @@ from test_preflight import QWEN_7B as QWEN
 from support import preflight, screen
 from support.errors import UserError
 from support.memory import NCCL_GIB, estimate_memory
-from support.resuming import read_json_lines
+from support.resuming import allow_mending, read_json_lines
 from support.settings import parse_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -202,6 +203,23 @@ def test_rewards_that_fail_can_be_mended(tmp_path):
     (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert sentence.endswith(f"Mend it, then: {again(out)} --rewards {file} --resume"), said
     assert json.loads((out / "checkpoint-2" / "complete.json").read_text())["mend"]
+
+
+def test_two_processes_may_allow_mending_at_the_same_time(monkeypatch, tmp_path):
+    """The second writes and renames while the first has written and not yet renamed."""
+    path, rank, rename = tmp_path / "complete.json", SimpleNamespace(process_index=0), os.replace
+    path.write_text('{"files": {}}')
+    monkeypatch.setattr("support.resuming.PartialState", lambda: rank)
+
+    def meanwhile(partial, target):
+        if rank.process_index == 0:
+            rank.process_index = 1
+            allow_mending(tmp_path)
+        rename(partial, target)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    allow_mending(tmp_path)
+    assert json.loads(path.read_text()) == {"files": {}, "mend": True} and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_check_runs_in_all(tmp_path):
