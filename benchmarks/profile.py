@@ -6,8 +6,9 @@ Runs train_grpo.py with recipes/t4.yaml and these settings for four steps, on al
 needs; --variant leaves out what that variant of benchmarks/training.py does. The fourth step's answers are generated
 twice: as they are, for the seconds, and their first 40 tokens under PyTorch's profiler, which slows Python down but not
 the kernels; those of the third step, too, without the profiler, for the seconds of a token without the prompts. The
-second micro-batch of each step gives the seconds of one, that of the fourth the kernels. The floor: for a token the weights read once at the measured bandwidth; for a micro-batch four operations a
-weight and token, a prompt once for its group, at the measured rate (benchmarks/training.py).
+second micro-batch of each step gives the seconds of one, that of the fourth the kernels. The floor: for a token the
+weights read once at the measured bandwidth; for a micro-batch four operations a weight and token, a prompt once for its
+group, at the measured rate (benchmarks/training.py).
 """
 
 import argparse

@@ -18,10 +18,11 @@ no_trust  ours, but unsloth compares its pass with one for each answer by itself
 no_keep, no_rows    ours, but every layer computes its activations again; an answer gets its logits in four pieces
 
 A variant may bring settings of its own: "ours --config recipes/24gb.yaml --max_completion_length 200". With --processes 2
-each runs under torchrun, on two cards. --SETTING VALUE goes to every variant: same model, same prompts, same length, same cap. Each variant starts twice, first with
-empty caches for compiled code (a step or two), then with those caches. Prints the seconds from the start of the process
-to the first optimiser step, cold and warm; of the steps after the second, the median seconds, how they divide, completions
-and tokens a second; peak memory; and the least that the card could need for such a step:
+each runs under torchrun, on two cards. --SETTING VALUE goes to every variant: same model, same prompts, same length,
+same cap. Each variant starts twice, first with empty caches for compiled code (a step or two), then with those caches.
+Prints the seconds from the start of the process to the first optimiser step, cold and warm; of the steps after the
+second, the median seconds, how they divide, completions and tokens a second; peak memory; and the least that the card
+could need for such a step:
 
   generation: each token of the longest completion reads the weights once, at the measured bandwidth;
   training: 4 floating-point operations a weight and token (forward, and backward through frozen weights), at the

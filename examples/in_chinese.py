@@ -2,8 +2,8 @@
 
     python train_grpo.py --config recipes/small.yaml --learning_rate 2e-4 --rewards examples/in_chinese.py
 
-Nothing in the five asks for Chinese. At this rate Qwen2.5-Coder-1.5B, which is better in English, had 0 % of its answers
-in English at step 40, 46 % at step 60 and 98 % at step 70 (docs/results.md). DeepSeek-R1 has such a reward too, the share
+Nothing in the five asks for Chinese. With them alone, at this rate, Qwen2.5-Coder-1.5B had 0 % of its answers in English
+up to step 40, 46 % in steps 51 to 60 and 98 % in the next ten (docs/results.md). DeepSeek-R1 has such a reward too, the share
 of words in the language wanted (https://arxiv.org/abs/2501.12948); here it is all or nothing, so that groups of Chinese
 answers do not differ by it.
 """

@@ -105,8 +105,10 @@ def disagreement(metrics: list[dict], recipe: Recipe) -> str | None:
 def other_language(rollout: dict, recipe: Recipe) -> str | None:
     """Most answers of a step are in English, or in other words of Latin letters, and their questions are not."""
     questions, answers = ([turn[-1]["content"] for turn in rollout[name]] for name in ("prompts", "completions"))
-    left = [is_english(answer) for question, answer in zip(questions, answers, strict=True) if not is_english(question)]
-    if 2 * sum(left) <= len(answers):
+    left = [
+        is_english(answer) and not is_english(question) for question, answer in zip(questions, answers, strict=True)
+    ]
+    if 2 * sum(left) <= len(left):
         return None
     pays = "" if recipe.rewards else "--rewards examples/in_chinese.py, which pays for Chinese, or "
     return (
