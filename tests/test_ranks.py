@@ -222,6 +222,14 @@ def test_two_processes_may_allow_mending_at_the_same_time(monkeypatch, tmp_path)
     assert json.loads(path.read_text()) == {"files": {}, "mend": True} and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_policy_that_diverges_ends_in_one_sentence(tmp_path):
+    """Both find it after the same step: neither waits for the other."""
+    settings = ["--learning_rate", "1e30", "--warmup_ratio", "0", "--dev_samples", "0"]
+    status, said = run(2, tmp_path / "out", *settings)
+    (sentence,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert status != 0 and re.search("not finite.*start again with --learning_rate 5e\\+29", sentence), said
+
+
 def test_the_check_runs_in_all(tmp_path):
     status, said = run(2, tmp_path / "out", "--check", script="train_grpo.py")
     assert status == 0 and said.splitlines()[-1] == "check passed", said
