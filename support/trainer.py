@@ -28,6 +28,8 @@ class Trainer(GRPOTrainer):
 
     The log-probabilities that the loss computes anyway are compared with those that vLLM sampled the tokens with, and logged
     under TRL's names for it: `sampling/sampling_logp_difference/mean` and `…/max`, absolute, over the tokens trained on.
+    Minus their mean, over all tokens of the step, is logged as `sampling/entropy`: an estimate, in nats a token, of the
+    entropy of what is sampled from (E[−log p] is the entropy), which unsloth's loss does not compute.
     """
 
     def __init__(self, *args, **kwargs):
@@ -59,6 +61,8 @@ class Trainer(GRPOTrainer):
             for row, logps in zip(sampled, self._sampled, strict=True):
                 row[: len(logps)] = torch.tensor(logps, device=row.device)
             batch["sampled_logps"] = sampled
+            mean = sampled.sum() / sum(map(len, self._sampled))
+            self._metrics["train"]["sampling/entropy"].append(-self.accelerator.gather(mean).mean().item())
         batch["group"] = (
             torch.arange(len(batch["advantages"]), device=batch["advantages"].device) // self.num_generations
         )

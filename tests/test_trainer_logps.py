@@ -55,6 +55,26 @@ def test_one_token_that_differs_is_seen(vllm, monkeypatch, tmp_path):
     assert 0 < line[f"{NAME}mean"] < 0.05
 
 
+def test_the_entropy_is_estimated_from_the_sampled_tokens(vllm, monkeypatch, tmp_path):
+    vllm()
+    # 256 answers of 23 tokens; with a KL term all of them count in TRL's entropy, which is exact
+    settings = [
+        "--max_steps",
+        1,
+        "--prompts_per_step",
+        32,
+        "--num_generations",
+        8,
+        "--micro_batch_size",
+        64,
+        "--beta",
+        0.01,
+    ]
+    in_process(monkeypatch, *settings, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path)
+    (line,) = jsonl(tmp_path / "metrics.jsonl")
+    assert line["sampling/entropy"] == pytest.approx(line["entropy"], rel=0.15)
+
+
 def test_without_vllm_there_is_nothing_to_compare(monkeypatch, tmp_path):
     in_process(monkeypatch, "--max_steps", 1, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path)
     assert not any(name.startswith(NAME) for name in jsonl(tmp_path / "metrics.jsonl")[0])
