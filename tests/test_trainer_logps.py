@@ -58,19 +58,9 @@ def test_one_token_that_differs_is_seen(vllm, monkeypatch, tmp_path):
 def test_the_entropy_is_estimated_from_the_sampled_tokens(vllm, monkeypatch, tmp_path):
     vllm()
     # 256 answers of 23 tokens; with a KL term all of them count in TRL's entropy, which is exact
-    settings = [
-        "--max_steps",
-        1,
-        "--prompts_per_step",
-        32,
-        "--num_generations",
-        8,
-        "--micro_batch_size",
-        64,
-        "--beta",
-        0.01,
-    ]
-    in_process(monkeypatch, *settings, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path)
+    settings = ["--max_steps", 1, "--prompts_per_step", 32, "--num_generations", 8, "--micro_batch_size", 64]
+    settings += ["--beta", 0.01, "--eval_samples", 2, "--dev_samples", 0, "--output_dir", tmp_path]
+    in_process(monkeypatch, *settings)
     (line,) = jsonl(tmp_path / "metrics.jsonl")
     assert line["sampling/entropy"] == pytest.approx(line["entropy"], rel=0.15)
 
