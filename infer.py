@@ -33,7 +33,7 @@ import torch
 
 from data import columns_named, control_tokens, load_questions, read_questions, to_prompt, train_and_test_splits
 from support.adapters import add_adapter, check_adapter, recipe_of
-from support.asking import StreamedAnswer, as_messages, parse_arguments, resume_output, show, to_record
+from support.asking import StreamedAnswer, as_given, parse_arguments, resume_output, show, to_record
 from support.engine import adapter_name
 from support.errors import UserError, run_script
 from support.evaluation import Completion, evaluate, evaluation_table, generate, is_majority_right, mcnemar
@@ -57,7 +57,6 @@ def main() -> None:
             raise UserError(f"--expected is {args.expected}, {error}.") from None
     columns = columns_named(recipe.question_column, recipe.answer_column, rules.check_label, others=True)
     questions, labels = read_questions(args.input, columns) if args.input else ([], [])
-    questions, labels = questions[: args.limit], labels[: args.limit]
     if base and args.model and args.model != base:
         note(f"note: the adapter was trained on {base}, and is used on {args.model}")
     recipe.model = args.model or recipe.model
@@ -66,7 +65,12 @@ def main() -> None:
     for name in ("use_vllm", "enforce_eager"):
         if getattr(args, name):
             setattr(recipe, name, getattr(args, name) == "true")
+    if args.dataset == recipe.dataset and args.adapter:
+        args.dataset = None  # as if it were not given
     recipe.dataset = args.dataset or recipe.dataset
+    for name in (args.eval, recipe.dataset) if args.json and args.json.exists() else ():
+        if Path(name).exists() and args.json.samefile(name):
+            raise UserError(f"--json {args.json} would write over the questions: give another file.")
     recipe.max_completion_length = args.max_new_tokens or recipe.max_completion_length
     temperature = (
         args.temperature if args.temperature is not None else (recipe.temperature if args.samples > 1 else 0.0)
@@ -88,8 +92,9 @@ def main() -> None:
         check_adapter(args.adapter, recipe.model)
         settings["adapter_sha256"] = adapter_name(args.adapter)[0][:12]  # trained anew, it is another one
     done = resume_output(args.output, questions, settings) if args.input else 0
-    if args.input and done == len(questions):
-        say(f"All {done} questions are answered in {args.output} already.")
+    questions = questions[: args.limit]
+    if args.input and done >= len(questions):
+        say(f"All {len(questions)} questions are answered in {args.output} already.")
         return
     if args.merge or args.gguf:
         if GPU and args.model:
@@ -210,7 +215,7 @@ def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Calla
     train_split, test_split = train_and_test_splits(dataset, columns)
     if is_file:  # all of it, or, where a column marks some rows as held out, these
         split = "train" if "%" in test_split else test_split
-    elif train_split == "test[:90%]":  # test is all there is
+    elif train_split == "test[:90%]" and (other or not args.adapter):  # test is all there is
         split = args.eval
     else:
         split = {"train": train_split, "test": test_split}.get(args.eval, args.eval)
@@ -232,7 +237,7 @@ def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Calla
         if args.rewards:
             given = {"prompts": questions["prompt"][:], "answer": labels}
             given = {key: [value for value in values for _ in range(args.samples)] for key, values in given.items()}
-            given["completions"] = as_messages(texts)
+            given |= as_given(completions)
             results[name]["rewards"] = {f.__name__: mean_reward(f(**given)) for f in rules.funcs}
     how = f"{args.samples} samples each" if args.samples > 1 else "one answer each"
     say(f"{len(labels)} questions of {dataset if is_file else f'{dataset} ({args.eval})'}, {how}")

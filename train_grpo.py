@@ -214,7 +214,6 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "logging_nan_inf_filter": False,  # a loss that is not a number shall be seen
         "shuffle_dataset": False,  # training_questions has put them in order
         "save_steps": recipe.save_steps,
-        "save_total_limit": recipe.save_total_limit,
         "seed": recipe.seed,
     }
     if "max_prompt_length" in GRPOConfig.__dataclass_fields__:  # TRL 0.24 has it, at 512: more than vLLM may hold
@@ -307,14 +306,19 @@ def run(recipe: Recipe) -> None:
         train_dataset=training_questions(train, recipe, start.step, start.used),
         processing_class=tokenizer,
     )
+    try:
+        trainer.create_optimizer()
+    except (ImportError, ValueError) as error:  # it needs a package, or settings, that are not there
+        raise UserError(f"--optim {recipe.optim}: {' '.join(str(error).split())}") from error
     report = Report(recipe, start, len(train), rollout, rules)
     report.evaluations["generation"] = generation(recipe, model)
     report.evaluations["revisions"] = {"model": commit_of(model_config), "dataset": revision_of(recipe.dataset)}
     saving = Saving(recipe, trainer, report)
-    development = Development(recipe, trainer, tokenizer, dev, report, saving)
+    divergence = DivergenceCheck(recipe, report.metrics)
+    development = Development(recipe, trainer, tokenizer, dev, report, saving, divergence)
     trainer.remove_callback(ProgressCallback)
     watch = Watch(recipe, report)
-    for callback in (report, DivergenceCheck(recipe, report.metrics), saving, development, watch):
+    for callback in (report, divergence, saving, development, watch):
         trainer.add_callback(callback)
 
     with saving:  # what there is, on Ctrl-C, SIGTERM and errors
@@ -405,7 +409,8 @@ def check(recipe: Recipe) -> None:
 
 def main() -> None:
     argv = sys.argv[1:]
-    if "--check" in argv and "--config" not in argv and not (torch.cuda.is_available() or nvidia_driver()):
+    config = any(arg.split("=")[0] == "--config" for arg in argv)
+    if "--check" in argv and not config and not (torch.cuda.is_available() or nvidia_driver()):
         say("no GPU      recipes/tiny.yaml is checked, which needs none")
         argv += ["--config", str(SCRIPTS / "recipes" / "tiny.yaml")]
     recipe = parse_recipe(argv)

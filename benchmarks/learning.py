@@ -71,7 +71,7 @@ def table(runs: dict[str, list[Run]], reach: float) -> str:
                     f"{before['lenient']:.1%} → " + (f"{after['lenient']:.1%}" if after else "…"),
                     f"{last['strict']:.1%}" if last else "…",
                     f"{run.minutes[len(run.metrics)]:.1f}",
-                    "never" if minutes is None else f"{minutes:.1f}",
+                    ("never" if run.development else "–") if minutes is None else f"{minutes:.1f}",
                 ]
             )
         done = [run.test["after"]["strict"] for run in group if "after" in run.test]

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from support import screen
 from support.errors import UserError, fail
-from support.evaluation import is_majority_right, majority
+from support.evaluation import Completion, is_majority_right, majority
 from support.rules import Rules
 from support.screen import say
 from support.tables import FILE_TYPES
@@ -79,8 +79,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         raise UserError("--compare, --merge and --gguf need an --adapter.")
     if args.json and not args.eval:
         raise UserError("--json takes the figures of --eval: give both.")
-    if args.json and args.json.exists() and Path(args.eval).exists() and args.json.samefile(args.eval):
-        raise UserError(f"--json {args.json} would write over the questions of --eval: give another file.")
+
     if args.eval and Path(args.eval).suffix.lower() in FILE_TYPES and not Path(args.eval).is_file():
         raise UserError(f"there is no file {args.eval}.")
     if args.model and (Path(args.model) / "adapter_config.json").is_file():
@@ -157,16 +156,19 @@ def resume_output(output: Path, questions: list[str], settings: dict) -> int:
     return len(records)
 
 
-def rewards_of(prompt: list, text: str, label, rules: Rules) -> dict[str, float | None]:
+def rewards_of(prompt: list, completion: Completion, label, rules: Rules) -> dict[str, float | None]:
     """The rewards of one completion, by function name; None for those that take `answer`, where no answer is known."""
-    given = {"prompts": [prompt], "completions": as_messages([text]), "answer": [label]}
+    given = {"prompts": [prompt], "answer": [label], **as_given([completion])}
     needs_label = {func for func in rules.funcs if "answer" in inspect.signature(func).parameters}
     return {func.__name__: None if label is None and func in needs_label else func(**given)[0] for func in rules.funcs}
 
 
-def as_messages(texts: list[str]) -> list[list[dict]]:
-    """Completions as TRL hands them to a reward function."""
-    return [[{"role": "assistant", "content": text}] for text in texts]
+def as_given(completions: list[Completion]) -> dict[str, list]:
+    """Completions as TRL hands them to a reward function: messages, and tokens."""
+    return {
+        "completions": [[{"role": "assistant", "content": completion.text}] for completion in completions],
+        "completion_ids": [completion.ids for completion in completions],
+    }
 
 
 def to_record(index: int, prompt: list, label, completions: list, with_rewards: bool, rules: Rules) -> dict:
@@ -177,7 +179,7 @@ def to_record(index: int, prompt: list, label, completions: list, with_rewards: 
         record |= {"expected": label, "correct": is_majority_right(texts, label, rules)}
     record["completions"] = texts
     if with_rewards:
-        record["rewards"] = [rewards_of(prompt, text, label, rules) for text in texts]
+        record["rewards"] = [rewards_of(prompt, completion, label, rules) for completion in completions]
     return record
 
 
@@ -195,8 +197,8 @@ def show(answers: dict[str, list], args: argparse.Namespace, prompt: list, rules
     for name, completions in answers.items():
         texts = [completion.text for completion in completions]
         if args.rewards:
-            for number, text in enumerate(texts, start=1):
-                rewards = rewards_of(prompt, text, args.expected, rules).items()
+            for number, completion in enumerate(completions, start=1):
+                rewards = rewards_of(prompt, completion, args.expected, rules).items()
                 parts = ", ".join(
                     f"{key.removesuffix('_reward_func')} {'unknown' if value is None else value}"
                     for key, value in rewards

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from support.divergence import DivergenceCheck
 from support.evaluation import best_evaluation, measure
 from support.resuming import checkpoints, step_of
 from support.settings import Recipe
@@ -30,12 +31,21 @@ def hold_out(train: Dataset, recipe: Recipe) -> tuple[Dataset, Dataset]:
 class Development(TrainerCallback):
     """Answers the development questions before the first step, every `eval_steps` and after the last.
 
-    Each time but the first there is a checkpoint, and it is the adapter in it that answers. transformers keeps the best one.
+    Each time but the first there is a checkpoint, and it is the adapter in it that answers. Then the oldest checkpoints go.
     """
 
-    def __init__(self, recipe: Recipe, trainer, tokenizer, questions: Dataset, report: Report, saving: Saving):
+    def __init__(
+        self,
+        recipe: Recipe,
+        trainer,
+        tokenizer,
+        questions: Dataset,
+        report: Report,
+        saving: Saving,
+        divergence: DivergenceCheck,
+    ):
         self.recipe, self.trainer, self.tokenizer, self.questions = recipe, trainer, tokenizer, questions
-        self.report, self.saving = report, saving
+        self.report, self.saving, self.divergence = report, saving, divergence
 
     def due(self, step: int) -> bool:
         """Whether the questions are answered after `step`, and have not been."""
@@ -60,13 +70,20 @@ class Development(TrainerCallback):
         if self.due(state.global_step):
             control.should_save = True
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
+        # also what the process before did not come to, before it was killed
         if self.due(state.global_step) and not self.saving.stop():
             self.evaluate(state.global_step)
         control.should_training_stop |= self.saving.stop()  # a signal may have come meanwhile
-        state.best_model_checkpoint = str(best) if (best := self.best()) else state.best_model_checkpoint
 
-    on_train_begin = on_save  # also what the process before did not come to, before it was killed
+    def on_save(self, args, state, control, **kwargs):
+        self.on_train_begin(args, state, control)
+        if PartialState().is_main_process:
+            # the newest, the best and, should the policy diverge, the last good one stay
+            newest, *older = checkpoints(self.saving.out)
+            order = dict.fromkeys(filter(None, [newest, self.best(), self.divergence.good(), *older]))
+            for old in list(order)[self.recipe.save_total_limit :]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def best(self) -> Path | None:
         """The checkpoint of the best policy; None where there is none yet, or it has been lost."""

@@ -54,7 +54,7 @@ def diverged(recipe: Recipe, reason: str, last_good_step: int) -> UserError:
 
 
 class DivergenceCheck(TrainerCallback):
-    """Ends a run that has diverged; without development questions it keeps the last checkpoint from before the reward fell.
+    """Ends a run that has diverged.
 
     `metrics`: the lines of metrics.jsonl, which the report adds to.
     """
@@ -62,6 +62,11 @@ class DivergenceCheck(TrainerCallback):
     def __init__(self, recipe: Recipe, metrics: list[dict]):
         self.recipe, self.metrics = recipe, metrics
         self.window = max(10, math.ceil(40 / recipe.prompts_per_step))  # of fewer questions a mean can halve by chance
+
+    def good(self) -> Path | None:
+        """The newest checkpoint from before the reward fell, should it turn out to have fallen; None where there is none."""
+        step = best_step(self.metrics, self.window) or 0
+        return next((path for path in checkpoints(Path(self.recipe.output_dir)) if step_of(path) <= step), None)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         # before a checkpoint is saved
@@ -71,10 +76,3 @@ class DivergenceCheck(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" in logs and (found := divergence(self.metrics, self.window)):
             raise diverged(self.recipe, *found)
-
-    def on_save(self, args, state, control, **kwargs):
-        # transformers keeps the newest and this one: should the policy diverge later, here is where it was good. With
-        # development questions it is the best on them instead (best.py).
-        best = best_step(self.metrics, self.window) or 0
-        good = next((path for path in checkpoints(Path(self.recipe.output_dir)) if step_of(path) <= best), None)
-        state.best_model_checkpoint = str(good) if good else None

@@ -28,8 +28,12 @@ from support.rules import OURS, Rules
 
 class Completion(NamedTuple):
     text: str
-    length: int  # tokens, the end-of-turn token included
+    ids: list[int]  # its tokens, the end-of-turn token included
     truncated: bool  # ran into max_tokens without ending
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
 
 
 def _echo(tokenizer, on_text: Callable[[str], None]):
@@ -74,7 +78,7 @@ def generate(
         else:
             outputs = model.vllm_engine.generate(texts, sampling, lora_request=lora, use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]
-        return [Completion(a.text, len(a.token_ids), a.finish_reason == "length") for a in answers]
+        return [Completion(a.text, list(a.token_ids), a.finish_reason == "length") for a in answers]
 
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -105,7 +109,7 @@ def generate(
                 ended = tokenizer.eos_token_id in ids
                 length = ids.index(tokenizer.eos_token_id) + 1 if ended else len(ids)
                 text = tokenizer.decode(ids[:length], skip_special_tokens=True)
-                completions.append(Completion(text, length, not ended))
+                completions.append(Completion(text, ids[:length], not ended))
     model.train(was_training)
     return completions
 

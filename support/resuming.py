@@ -200,11 +200,15 @@ class Start:
     def __getstate__(self):  # for the other processes
         return vars(self) | {"lock": None}
 
+    @property
+    def comparable(self) -> bool:
+        """Whether what was measured up to there was measured with today's lengths and rewards."""
+        return not {"max_prompt_length", "max_completion_length", "rewards"} & set(self.changed)
+
     def evaluation_before(self, n: int) -> dict | None:
-        """The evaluation before step 1, if it was made, on `n` questions and with today's lengths and rewards."""
+        """The evaluation before step 1, if it was made, on `n` questions and as it would be made today."""
         before = self.evaluations.get("before")
-        same = not {"max_prompt_length", "max_completion_length", "rewards"} & set(self.changed)
-        return before if before and before["n"] == n and same else None
+        return before if before and before["n"] == n and self.comparable else None
 
 
 def find_start(recipe: Recipe, rules: Rules) -> Start:

@@ -38,7 +38,7 @@ class Recipe:
         "",
         "a Python file in place of rewards.py: REWARD_FUNCS, as TRL calls them, and if need be MAX_REWARDS, "
         "SYSTEM_PROMPT, check_label(label) and is_correct(text, label), without which an answer is correct where the "
-        "text inside <answer> is the label; examples/ has two",
+        "text inside <answer> is the label; examples/ has three",
     )
     output_dir: str = setting("outputs", "where everything that the run writes goes")
     resume: str = setting(
@@ -69,7 +69,8 @@ class Recipe:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting(
-        "dapo", "what the loss is the mean of; dapo weighs every token of a step alike"
+        "dapo",
+        "what the loss is the mean of; dapo weighs every token of a step alike, bnpo every token of a micro-batch",
     )
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group", "advantages are divided by the standard deviation of their group, of all, or not"
@@ -100,7 +101,7 @@ class Recipe:
     )
     eval_steps: int = setting(20, "steps between answers to them, each with a checkpoint")
     save_steps: int = setting(10, "steps between checkpoints")
-    save_total_limit: int = setting(3, "checkpoints that are kept: the newest ones and the best")
+    save_total_limit: int = setting(3, "checkpoints that are kept: the newest ones, the best and the last good one")
     sample_steps: int = setting(10, "steps between the sample answers that are printed")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "none", "where to log besides output_dir; install it first"
@@ -212,13 +213,16 @@ def check_recipe(recipe: Recipe) -> None:
         "seed": 0,
         "lora_alpha": 0,
         "dev_samples": 0,
-        "save_total_limit": 2,  # an old checkpoint goes before the new one is known to be whole
+        "save_total_limit": 2,  # the newest and the best
     }
     for name, low in least.items():
         if not getattr(recipe, name) >= low:
             raise UserError(f"--{name} {getattr(recipe, name)} is too small: give {low} or more.")
     if recipe.seed >= 2**32:
         raise UserError(f"--seed {recipe.seed} is too large: give less than {2**32}.")
+    for name in ("model", "dataset", "output_dir"):
+        if not getattr(recipe, name):
+            raise UserError(f"--{name} is empty: give it a value.")
     for name in ("learning_rate", "temperature", "max_grad_norm"):
         if not getattr(recipe, name) > 0:
             raise UserError(f"--{name} {getattr(recipe, name)} must be above 0.")

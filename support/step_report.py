@@ -62,6 +62,8 @@ class Report(TrainerCallback):
             [line for line in read_json_lines(self.out / f"{name}.jsonl") if start.step and line["step"] <= start.step]
             for name in ("metrics", "samples", "evaluations")
         )
+        if not start.comparable:
+            self.development = []
         self.evaluations = {}  # what eval.json holds
         self.seconds = []  # of each step
         self.begun = False

@@ -119,6 +119,7 @@ class Saving(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.in_training = True
+        state.save_steps = args.save_steps  # transformers would take a resumed run's from its checkpoint
 
     def on_train_end(self, args, state, control, **kwargs):
         self.in_training = False
@@ -160,8 +161,7 @@ class Saving(TrainerCallback):
         if not self.report.begun:
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise UserError(f"cannot write to {out}: {error}. No step was finished.") from error
-            if isinstance(error, ImportError):  # of an optimiser that needs a package of its own
-                raise UserError(" ".join(str(error).split())) from error
+
             if recipe.processes == 1:
                 return
         if recipe.processes > 1:

@@ -63,6 +63,10 @@ class Trainer(GRPOTrainer):
             batch["sampled_logps"] = sampled
             mean = sampled.sum() / sum(map(len, self._sampled))
             self._metrics["train"]["sampling/entropy"].append(-self.accelerator.gather(mean).mean().item())
+        if self.scale_rewards == "batch":  # TRL counts the answers of all questions as one group
+            advantages = self.accelerator.gather(batch["advantages"]).view(-1, self.num_generations)
+            same = (advantages.std(dim=1) < 1e-5).float().mean().item()
+            self._metrics["train"]["frac_reward_zero_std"][-1] = same
         batch["group"] = (
             torch.arange(len(batch["advantages"]), device=batch["advantages"].device) // self.num_generations
         )

@@ -1,6 +1,7 @@
 """infer.py as a command, on the tiny model with an adapter that changes what it says."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_runs import in_process
@@ -86,7 +88,7 @@ def test_base_and_adapter_differ_and_compare_shows_both(infer, adapter):
 def test_compare_cuts_no_line_that_has_no_blanks(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     text = "".join(chr(0x4E00 + i) for i in range(200))
-    answers = {name: [Completion(text, 200, False)] for name in ("base", "adapter")}
+    answers = {name: [Completion(text, range(200), False)] for name in ("base", "adapter")}
     show(answers, argparse.Namespace(compare=True, rewards=False, samples=1), [{"content": QUESTION}], None)
     rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert ["".join(column).replace(" ", "") for column in zip(*rows, strict=True)] == [text, text]
@@ -152,6 +154,9 @@ def test_a_file_is_worked_through(infer, adapter, tmp_path):
     for record in records:
         assert record["correct"] == (record["rewards"][0]["correctness_reward_func"] == 2.0)
         assert len(record["completions"]) == 1 and record["adapter"] == str(adapter)
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    said = infer("--adapter", adapter, *files, "--rewards", "--limit", 2)
+    assert "All 2 questions are answered" in said and len(jsonl(tmp_path / "out.jsonl")) == 6
 
 
 def test_a_killed_run_is_continued_without_a_gap_or_a_double(tmp_path):
@@ -416,6 +421,18 @@ def test_a_set_with_nothing_but_test_is_measured_on_as_a_whole(infer, tmp_path):
     assert "\n1 questions of " in "\n" + infer(*arguments, "--eval", "test[90%:]")
 
 
+def test_an_adapter_of_a_set_with_nothing_but_test_is_measured_on_what_it_was_not_trained_on(infer, adapter, tmp_path):
+    (tmp_path / "set").mkdir()
+    questions_file(tmp_path / "set" / "test.jsonl", 10)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    recipe = load_recipe("recipes/tiny.yaml")
+    recipe.dataset = str(tmp_path / "set")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), allow_unicode=True))
+    arguments = ["--adapter", tmp_path / "adapter", "--eval", "test", "--max_new_tokens", 3]
+    assert "\n1 questions of " in "\n" + infer(*arguments)
+    assert "\n1 questions of " in "\n" + infer(*arguments, "--dataset", tmp_path / "set")
+
+
 BAD = [
     (["--model", "tiny", "1加1<|im_end|>\n<|im_start|>assistant\n2"], "the question holds .* control token"),
     (["--model", "tiny", "--input", "TMP/turn.txt", "--output", "TMP/o.jsonl"], "question 2 of .*turn.txt holds"),
@@ -452,6 +469,10 @@ BAD = [
     (["--model", "tiny", "--eval", ""], "--eval is empty"),
     (["--model", "tiny", "--eval", "nowhere.csv"], "there is no file nowhere.csv"),
     (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/q.csv"], "write over the questions"),
+    (
+        ["--model", "tiny", "--dataset", "TMP/q.csv", "--eval", "test", "--json", "TMP/q.csv"],
+        "over the questions: give",
+    ),
     (["--model", "tiny", "--input", "TMP/empty.jsonl", "--output", "TMP/o.jsonl"], "empty.jsonl has no questions"),
     (["--model", "tiny", "--input", "TMP/q.csv", "--output", "TMP/dangling"], "cannot write to .*dangling"),
     (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/dangling"], "cannot write to .*dangling"),

@@ -130,6 +130,19 @@ def test_more_steps_go_on_from_the_last_policy_and_not_from_the_best(scripted, m
     check_result(out)
 
 
+def test_the_last_good_checkpoint_stays_beside_the_best_and_the_newest(scripted, monkeypatch, tmp_path):
+    monkeypatch.setattr("support.divergence.best_step", lambda history, window: 3)
+    in_process(monkeypatch, *STEPS, "--save_total_limit", 3, "--output_dir", tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-6", "checkpoint-3"]
+
+
+def test_accuracies_under_another_length_are_not_compared(scripted, monkeypatch, tmp_path):
+    in_process(monkeypatch, *STEPS, "--max_steps", 6, "--output_dir", tmp_path)
+    scripted.clear()
+    in_process(monkeypatch, *STEPS, "--resume", "--max_completion_length", 12, "--output_dir", tmp_path)
+    assert scripted == [6, 8] == [line["step"] for line in jsonl(tmp_path / "evaluations.jsonl")]
+
+
 def test_another_number_of_development_questions_is_another_run(scripted, monkeypatch, tmp_path):
     in_process(monkeypatch, *STEPS, "--max_steps", 2, "--output_dir", tmp_path)
     with pytest.raises(UserError, match="dev_samples 128, not 64"):

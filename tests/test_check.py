@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_runs import assert_user_error, in_process, run
 
+import train_grpo
 from support import check, pins
 from support.check_file import output_dir_of, without_names
 from support.errors import UserError
@@ -156,6 +157,12 @@ def test_a_setting_that_does_not_exist_is_said_before_anything_is_tried(tmp_path
     result = run("train_grpo.py", "--check", "--max_stepz", 3, "--output_dir", tmp_path / "out")
     assert_user_error(result, "unknown setting --max_stepz")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_may_be_given_in_one_word(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_grpo.py", "--check", "--config=recipes/tiny.yaml", "--max_steps", "0"])
+    with pytest.raises(UserError, match="--max_steps 0 is too small"):
+        train_grpo.main()
 
 
 # --- packages ---

@@ -90,6 +90,13 @@ def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_stays(mo
     assert len(rates) == 6 and rates[3:] == [1e-3] * 3
 
 
+def test_an_optimiser_whose_package_is_missing_is_said_before_anything_is_answered(monkeypatch, tmp_path, capsys):
+    with pytest.raises(UserError, match="--optim adamw_apex_fused: .*apex is not installed") as error:
+        in_process(monkeypatch, "--optim", "adamw_apex_fused", "--output_dir", tmp_path)
+    one_line(error)
+    assert "strict" not in capsys.readouterr().out
+
+
 # --- on the way --------------------------------------------------------------------------------------
 
 
@@ -202,7 +209,7 @@ def test_a_signal_in_an_evaluation(monkeypatch, tmp_path, capsys, evaluation, wo
     def interrupted(*arguments, adapter, **options):
         if (evaluation == "after") == (adapter is not None):
             os.kill(os.getpid(), signum)
-        return [Completion("", 1, False)] * 10
+        return [Completion("", range(1), False)] * 10
 
     monkeypatch.setattr(support.evaluation, "generate", interrupted)
     before = signal.getsignal(signum)

@@ -17,10 +17,10 @@ PERFECT = "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n2\n</answer>"
 
 def test_every_figure():
     completions = [
-        Completion(PERFECT, 20, False),
-        Completion("答案是2", 10, False),  # lenient only
-        Completion("<answer>2</answer>", 10, False),  # right, but not the form
-        Completion("<reasoning>\n1+1", 40, True),  # cut off
+        Completion(PERFECT, range(20), False),
+        Completion("答案是2", range(10), False),  # lenient only
+        Completion("<answer>2</answer>", range(10), False),  # right, but not the form
+        Completion("<reasoning>\n1+1", range(40), True),  # cut off
     ]
     quarter = pytest.approx((0.0456, 0.6994), abs=1e-4)
     half = pytest.approx((0.1500, 0.8500), abs=1e-4)
@@ -43,18 +43,18 @@ def test_every_figure():
     ],
 )
 def test_the_interval_is_wilsons(right, n, low, high):
-    completions = [Completion(PERFECT, 1, False)] * n
+    completions = [Completion(PERFECT, range(1), False)] * n
     result = evaluate(completions, ["2"] * right + ["3"] * (n - right))
     assert result["strict_low"] == pytest.approx(low, abs=1e-4)
     assert result["strict_high"] == pytest.approx(high, abs=1e-4)
 
 
 def test_nothing_is_right_without_a_number():
-    assert evaluate([Completion("没有数字", 4, False)], ["没有"])["lenient"] == 0.0
+    assert evaluate([Completion("没有数字", range(4), False)], ["没有"])["lenient"] == 0.0
 
 
 def test_the_table_is_aligned():
-    result = evaluate([Completion(PERFECT, 20, False)], ["2"])
+    result = evaluate([Completion(PERFECT, range(20), False)], ["2"])
     header, *rows = evaluation_table({"before": result, "after": result}).split("\n")
     assert len(rows) == 2 and all(len(row) == len(header) for row in rows)
 
@@ -65,7 +65,7 @@ def answered(answer):
 
 def test_several_samples():
     texts = [answered(x) for x in (2, 2, 3, 3)] + [answered(x) for x in (5, 7, 7, 4)]
-    result = evaluate([Completion(text, 10, False) for text in texts], [2, 7], samples=4)
+    result = evaluate([Completion(text, range(10), False) for text in texts], [2, 7], samples=4)
     assert result["n"] == 2 and result["strict"] == result["pass@1"] == 0.5
     assert result["pass@2"] == pytest.approx(1 - 1 / 6)  # of the 6 pairs one has no right answer
     assert result["pass@4"] == 1.0

@@ -112,6 +112,7 @@ def test_the_prompt_of_the_recipe_or_a_flag_wins_over_the_files_which_wins_over_
     recipe.write_text("rewards: mine.py\nsystem_prompt: 问：\n", encoding="utf-8")
     assert parse_recipe([f"--config={recipe}"]).system_prompt == "问："
     recipe.write_text("rewards: mine.py\n", encoding="utf-8")
+    assert parse_recipe(["--config", "recipes/t4.yaml", "--rewards", mine]).system_prompt == "答案："
     assert load_recipe(recipe).system_prompt == "答案：" and load_recipe(recipe).rewards == mine  # beside the recipe
     other = tmp_path / "elsewhere"
     other.mkdir()
@@ -124,7 +125,7 @@ def test_the_prompt_of_the_recipe_or_a_flag_wins_over_the_files_which_wins_over_
 def test_figures_of_answers_that_are_no_numbers(write):
     rules = load_rules(write(GOOD + TAIL))
     texts = [answer("B"), "选 B", "the answer is (B)", answer("C"), "ABC", "<answer>\nB", answer("B。")]
-    result = evaluate([Completion(text, 10, False) for text in texts], ["B"] * 7, rules=rules)
+    result = evaluate([Completion(text, range(10), False) for text in texts], ["B"] * 7, rules=rules)
     assert set(result) >= EVALUATION
     assert (result["strict"], result["lenient"], result["format"]) == (1 / 7, 5 / 7, 3 / 7)
 
@@ -140,7 +141,7 @@ def test_the_majority_of_answers_that_are_no_numbers(write):
     assert majority(["so\n\\boxed{x}", "\\boxed{y}", "\\boxed{y}"], rules) == "\\boxed{y}"
     assert majority(["", " \n"], rules) is None
     texts = [answer(x) for x in "BBACCB"]
-    result = evaluate([Completion(text, 1, False) for text in texts], ["B", "C"], samples=3, rules=rules)
+    result = evaluate([Completion(text, range(1), False) for text in texts], ["B", "C"], samples=3, rules=rules)
     assert result["maj@3"] == 1.0 and result["pass@1"] == pytest.approx(4 / 6)
 
 
@@ -488,5 +489,12 @@ def test_the_length_bonus_is_hacked_and_the_run_says_so(monkeypatch, tmp_path, c
 def test_rewards_of_one_answer_without_a_label(write):
     text = GOOD + "def right(completions, answer, **kwargs):\n    return [float(len(a)) for a in answer]\n"
     rules = load_rules(write(text + "REWARD_FUNCS = [good, right]"))
-    assert asking.rewards_of([], "ab", None, rules) == {"good": 2.0, "right": None}
-    assert asking.rewards_of([], "ab", "B", rules) == {"good": 2.0, "right": 1.0}
+    completion = Completion("ab", [1, 2], False)
+    assert asking.rewards_of([], completion, None, rules) == {"good": 2.0, "right": None}
+    assert asking.rewards_of([], completion, "B", rules) == {"good": 2.0, "right": 1.0}
+
+
+def test_rewards_of_tokens(write):
+    text = GOOD + "def short(completion_ids, **kwargs):\n    return [-len(ids) for ids in completion_ids]\n"
+    rules = load_rules(write(text + "REWARD_FUNCS = [good, short]"))
+    assert asking.rewards_of([], Completion("ab", [1, 2, 3], False), None, rules)["short"] == -3.0

@@ -286,6 +286,11 @@ def test_after_a_change_of_length_both_evaluations_have_it(half, monkeypatch):
     assert evaluations["before"]["truncated"] == 1
 
 
+def test_changed_steps_between_checkpoints_are_kept_to(half, monkeypatch):
+    resume(monkeypatch, half, "--resume", "--save_steps", 2)
+    assert "checkpoint-10" in [path.name for path in checkpoints(half)]
+
+
 def test_a_changed_learning_rate_is_logged_from_the_first_step(half, monkeypatch):
     resume(monkeypatch, half, "--resume", "--learning_rate", "1e-3", "--lr_scheduler", "constant")
     assert [line["learning_rate"] for line in jsonl(half / "metrics.jsonl")][9:] == [1e-3] * 3

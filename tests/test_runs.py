@@ -61,6 +61,16 @@ def jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_no_variance_is_counted_by_question_whatever_advantages_are_divided_by(monkeypatch, tmp_path):
+    in_process(monkeypatch, "--scale_rewards", "batch", "--max_steps", 4, "--dev_samples", 0, "--output_dir", tmp_path)
+    samples = jsonl(tmp_path / "samples.jsonl")
+    earned = [sum(sample[func.__name__] for func in REWARD_FUNCS) for sample in samples]
+    groups = [earned[i : i + 4] for i in range(0, len(earned), 4)]
+    same = [max(group) - min(group) < 1e-5 for group in groups]
+    shares = [line["frac_reward_zero_std"] for line in jsonl(tmp_path / "metrics.jsonl")]
+    assert shares == [sum(same[i : i + 2]) / 2 for i in range(0, len(same), 2)] and sum(shares) > 0
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("two words") / "short"
