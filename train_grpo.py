@@ -90,7 +90,7 @@ from support.rules import Rules, load_rules
 from support.schedule import schedule_arguments
 from support.screen import doing, say
 from support.settings import Recipe, parse_recipe
-from support.step_report import Report, installed_versions, recording
+from support.step_report import Report, comparison_text, installed_versions, recording
 from support.stopping import Saving
 from support.trainer import Trainer
 from support.training_pass import fuse_qkv, keep_activations
@@ -323,10 +323,13 @@ def run(recipe: Recipe) -> None:
 
     with saving:  # what there is, on Ctrl-C, SIGTERM and errors
         # Evaluation before the first step; a resumed run has it already, unless it is of other questions or lengths.
-        before = start.evaluation_before(len(test))
-        if not before:
+        def held_out(name: str, adapter: Path | None = None) -> dict[str, float]:
             doing("answering", f"{len(test)} held-out questions")
-            before = measure(trainer.model, tokenizer, test, recipe.max_completion_length, rules=rules)
+            figures, texts = measure(trainer.model, tokenizer, test, recipe.max_completion_length, adapter, rules)
+            report.add_answers(name, test, texts)
+            return figures
+
+        before = start.evaluation_before(len(test)) or held_out("before")
         say(evaluation_table({"before": before}))
         report.evaluations["before"] = before
         watch.warn("cut off", cut_off(before, recipe))
@@ -344,17 +347,17 @@ def run(recipe: Recipe) -> None:
         check_present(out)
         last, best = broadcast_object_list([checkpoints(out)[0], development.best() or checkpoints(out)[0]])
         evaluations = {"before": before}
-        doing("answering", f"{len(test)} held-out questions")
-        length = recipe.max_completion_length
         if best != last:
-            evaluations["last"] = measure(trainer.model, tokenizer, test, length, last, rules)
+            evaluations["last"] = held_out("last", last)
             if not recipe.use_vllm:  # which reads the LoRA from the folder that `measure` is given
                 trainer._load_from_checkpoint(str(best))
         keep_adapter(best, tokenizer, out)
-        evaluations["after"] = measure(trainer.model, tokenizer, test, length, out / "adapter", rules)
+        evaluations["after"] = held_out("after", out / "adapter")
         steps = f"after: step {step_of(best)}" + (f", the best on the way; last: step {step_of(last)}" * (best != last))
         say(f"{len(test)} held-out questions, greedy, same prompt and parser; {steps}")
         say(evaluation_table({name: evaluations[name] for name in TABLE if name in evaluations}))
+        say("The first of them; answers.jsonl has all:")
+        say("    " + comparison_text(report.answers[0]).replace("\n", "\n    "))
         watch.warn("no gain", no_gain(report.development, recipe))
         report.write_evaluations(
             **evaluations,

@@ -56,7 +56,7 @@ class Development(TrainerCallback):
     def evaluate(self, step: int) -> None:
         adapter = self.saving.out / f"checkpoint-{step}" if step else None
         start = time.perf_counter()
-        figures = measure(
+        figures, _ = measure(
             self.trainer.model,
             self.tokenizer,
             self.questions,

@@ -133,15 +133,15 @@ def _stream_vllm(engine, text: str, sampling, lora, on_text: Callable[[str], Non
 
 def measure(
     model, tokenizer, questions, max_tokens: int, adapter: Path | None = None, rules: Rules = OURS
-) -> dict[str, float]:
-    """The figures of `evaluate` for `questions` (with `prompt` and `answer`), each answered greedily in at most `max_tokens`.
+) -> tuple[dict[str, float], list[str]]:
+    """The figures of `evaluate` for `questions` (with `prompt` and `answer`), each answered greedily in at most `max_tokens`; and the answers.
 
     `adapter`: the folder of the LoRA to measure, None for the base model; see `generate`. Of several processes each
-    answers its share, and all get the same figures.
+    answers its share, and all get the same.
     """
     with PartialState().split_between_processes(questions["prompt"][:]) as prompts:
         completions = gather_object(generate(model, tokenizer, prompts, max_tokens, adapter=adapter))
-    return evaluate(completions, questions["answer"][:], rules=rules)
+    return evaluate(completions, questions["answer"][:], rules=rules), [completion.text for completion in completions]
 
 
 def evaluate(completions: list[Completion], labels: list, samples: int = 1, rules: Rules = OURS) -> dict[str, float]:

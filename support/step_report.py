@@ -51,7 +51,7 @@ LONG = 4 * 3600  # seconds: a free Colab session may end in less
 
 
 class Report(TrainerCallback):
-    """A readable line a step, metrics.jsonl, samples.jsonl, eval.json and reward_curve.png.
+    """A readable line a step, metrics.jsonl, samples.jsonl, eval.json, answers.jsonl and reward_curve.png.
 
     `questions`: how many there are to train on. `rollout`: what `recording` leaves there, of the functions of `rules`.
     """
@@ -65,6 +65,9 @@ class Report(TrainerCallback):
         if not start.comparable:
             self.development = []
         self.evaluations = {}  # what eval.json holds
+        kept = ("question", "expected", "before", "before_correct")
+        answers = read_json_lines(self.out / "answers.jsonl") if start.step else []
+        self.answers = [{name: line[name] for name in kept if name in line} for line in answers]
         self.seconds = []  # of each step
         self.begun = False
 
@@ -83,14 +86,27 @@ class Report(TrainerCallback):
             write_recipe(self.recipe, self.rules)
             write_json(self.out / "eval.json", self.evaluations)
             write_json_lines(self.out / "evaluations.jsonl", self.development)
+            write_json_lines(self.out / "answers.jsonl", self.answers)
             self.begun = True
 
     def write_evaluations(self, **evaluations) -> None:
-        """Adds to eval.json."""
+        """Adds to eval.json, and writes answers.jsonl."""
         self.evaluations |= evaluations
         check_present(self.out)
+        write_json_lines(self.out / "answers.jsonl", self.answers)
         write_json(self.out / "eval.json", self.evaluations)
         draw_reward_curve(self.out, self.rules.maxima)
+
+    def add_answers(self, name: str, questions, texts: list[str]) -> None:
+        """Adds to what answers.jsonl will hold, a line a held-out question, what the policy `name` (before, after, last) answers."""
+        lines = [
+            {"question": prompt[-1]["content"], "expected": label}
+            for prompt, label in zip(questions["prompt"], questions["answer"], strict=True)
+        ]
+        if [line["question"] for line in self.answers] != [line["question"] for line in lines]:
+            self.answers = lines
+        for line, text in zip(self.answers, texts, strict=True):
+            line |= {name: text, f"{name}_correct": self.rules.is_correct(text, line["expected"])}
 
     def write_development(self, step: int, figures: dict, seconds: float) -> None:
         """One line, and one of evaluations.jsonl: what the policy after `step` makes of the development questions."""
@@ -226,6 +242,16 @@ def sample_text(sample: dict) -> str:
     """A line of samples.jsonl, to read."""
     rewards = ", ".join(f"{short(key)} {reward_text(value, 'g')}" for key, value in sample.items() if key not in TAKEN)
     return f"question: {sample['question']}\n{sample['completion']}\nexpected: {sample['answer']}; rewards: {rewards}"
+
+
+def comparison_text(line: dict) -> str:
+    """A line of answers.jsonl, to read."""
+    answers = [
+        f"{name}, {'right' if line[f'{name}_correct'] else 'wrong'}:\n{line[name]}"
+        for name in ("before", "after")
+        if name in line
+    ]
+    return "\n".join([f"question: {line['question']}", *answers, f"expected: {line['expected']}"])
 
 
 def installed_versions() -> dict[str, str]:

@@ -200,6 +200,7 @@ class Saving(TrainerCallback):
                 write_json_lines(self.out / "metrics.jsonl", self.report.metrics)
                 write_json_lines(self.out / "samples.jsonl", self.report.samples)
                 write_json_lines(self.out / "evaluations.jsonl", self.report.development)
+                write_json_lines(self.out / "answers.jsonl", self.report.answers)
                 save()
             except Exception as second:
                 raise UserError(f"training stopped ({error}), and nothing could be saved: {second}") from error

@@ -64,7 +64,8 @@ def assert_same_run(out, reference):
         assert {k: v for k, v in line.items() if k not in CLOCK} == {
             k: v for k, v in expected.items() if k not in CLOCK
         }
-    assert (out / "samples.jsonl").read_text() == (reference / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "answers.jsonl"):
+        assert (out / name).read_text() == (reference / name).read_text()
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
     for name, expected in load_file(reference / "adapter" / "adapter_model.safetensors").items():
         assert torch.equal(weights[name], expected), name

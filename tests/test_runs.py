@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import infer
 from data import to_prompt
-from rewards import REWARD_FUNCS
+from rewards import REWARD_FUNCS, is_correct
 from support.errors import UserError
 from support.evaluation import generate
 from support.settings import Recipe, load_recipe
@@ -27,6 +27,7 @@ from train_grpo import main
 TINY = ["train_grpo.py", "--config", "recipes/tiny.yaml"]
 SHORT = ["--prompts_per_step", "2", "--num_generations", "4", "--micro_batch_size", "4", "--eval_samples", "10"]
 SHORT += ["--max_completion_length", "24"]  # of 64: a run of fewer tokens, with answers that are cut off
+QUESTIONS = Path("tiny/questions/test.jsonl")
 EVALUATION = {"n", "strict", "strict_low", "strict_high", "lenient", "format", "truncated", "mean_length"}
 
 
@@ -103,7 +104,7 @@ def test_what_is_said(short_run):
     assert "questions   1872 to train on, 128 to develop on, 10 held out" in text
     for step in (1, 2, 3):
         assert f"step   {step}  reward " in text
-    assert text.count("question: ") == 1 and "expected: " in text  # one sample, at step 2
+    assert text.count("question: ") == 2 and "expected: " in text  # a sample, at step 2, and before and after
     assert "before " in text and "after " in text
 
 
@@ -155,6 +156,17 @@ def test_the_recipe_that_is_written_is_the_one_that_was_used(short_run):
     recipe = load_recipe(out / "recipe.yaml")
     assert set(yaml.safe_load((out / "recipe.yaml").read_text())) == set(vars(Recipe()))
     assert (recipe.max_steps, recipe.prompts_per_step, recipe.output_dir, recipe.model) == (3, 2, str(out), "tiny")
+
+
+def test_every_held_out_answer_before_and_after(short_run):
+    out, text = short_run
+    lines, evaluations = jsonl(out / "answers.jsonl"), json.loads((out / "eval.json").read_text())
+    for name in ("before", "after"):
+        assert sum(line[f"{name}_correct"] for line in lines) / 10 == evaluations[name]["strict"]
+        assert all(line[f"{name}_correct"] == is_correct(line[name], line["expected"]) for line in lines)
+    assert [line["question"] for line in lines] == [row["question_zh-cn"] for row in jsonl(QUESTIONS)[:10]]
+    shown = f"    question: {lines[0]['question']}\nbefore, wrong:\n{lines[0]['before']}".replace("\n", "\n    ")
+    assert shown.rstrip() in text
 
 
 def test_eval_json(short_run):
