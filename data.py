@@ -216,8 +216,13 @@ def read_questions(file: str, columns: Columns = USUAL) -> tuple[list[str], list
     say_columns(table, used, file)
     if columns.check_label is number_label:
         numbers = [None if answer is None else Decimal(answer) for answer in answers]
-        answers = [n if n is None else int(n) if n == n.to_integral_value() else float(n) for n in numbers]
+        answers = [n if n is None else int(n) if n == n.to_integral_value() else exact(n) for n in numbers]
     return questions, answers
+
+
+def exact(number: Decimal) -> float | str:
+    """`number` as JSON can hold it without rounding: a float, or else its digits."""
+    return float(number) if Decimal(str(float(number))) == number else str(number)
 
 
 def is_question(value) -> bool:
@@ -247,7 +252,7 @@ def find_column(table: Table, names: list[str], dataset: str, can_serve: Callabl
     there = [plain(name) for name in names if plain(name) in table.columns]
     if not there:
         has = ", ".join(shown(name, 30) for name in list(table.names.values())[:12]) or "none"
-        flag = "--question_column" if names[0] in QUESTION_COLUMNS else "--answer_column"
+        flag = "--question_column" if names[-1] in QUESTION_COLUMNS else "--answer_column"
         renamed = f"Rename the one that is meant to {names[0]}, or give train_grpo.py {flag} NAME"
         advice = renamed if len(names) > 1 else "Name one of these"
         raise UserError(f"{dataset} has no column {' or '.join(names)}: it has {has}. {advice}.")

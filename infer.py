@@ -68,9 +68,7 @@ def main() -> None:
     if args.dataset == recipe.dataset and args.adapter:
         args.dataset = None  # as if it were not given
     recipe.dataset = args.dataset or recipe.dataset
-    for name in (args.eval, recipe.dataset) if args.json and args.json.exists() else ():
-        if Path(name).exists() and args.json.samefile(name):
-            raise UserError(f"--json {args.json} would write over the questions: give another file.")
+
     recipe.max_completion_length = args.max_new_tokens or recipe.max_completion_length
     temperature = (
         args.temperature if args.temperature is not None else (recipe.temperature if args.samples > 1 else 0.0)
@@ -149,7 +147,7 @@ def main() -> None:
         show(answers, args, prompt, rules)
 
     if args.eval:
-        return measure(args, recipe, rules, tokenizer, policies, answer)
+        return measure(args, recipe, rules, tokenizer, policies, check_prompt, answer)
     if args.input:
         prompts = [to_prompt(question, recipe.system_prompt) for question in questions]
         for number, prompt in enumerate(prompts, start=1):
@@ -206,7 +204,7 @@ def main() -> None:
                 ask(line.strip())
 
 
-def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Callable) -> None:
+def measure(args, recipe, rules: Rules, tokenizer, policies: dict, check_prompt: Callable, answer: Callable) -> None:
     """--eval: prints the figures of each policy, and writes them to --json."""
     is_file = Path(args.eval).is_file()
     dataset = args.eval if is_file else recipe.dataset
@@ -224,6 +222,8 @@ def measure(args, recipe, rules: Rules, tokenizer, policies: dict, answer: Calla
     )
     questions = questions.select(range(min(args.limit or len(questions), len(questions))))
     labels = questions["answer"][:]
+    for number, prompt in enumerate(questions["prompt"], start=1):
+        check_prompt(prompt, f"question {number}")
     doing("answering", f"{len(labels)} questions")
     results, right = {}, {}
     for name, adapter in policies.items():

@@ -85,7 +85,7 @@ from support.engine import engine_arguments, generation, own_lora_folder, start_
 from support.errors import UserError, run_script
 from support.evaluation import evaluation_table, measure
 from support.places import SCRIPTS, find_model
-from support.resuming import TABLE, check_present, checkpoints, find_start, hold, step_of, wait_for
+from support.resuming import TABLE, check_present, checkpoints, find_start, hold, measured_with, step_of, wait_for
 from support.rules import Rules, load_rules
 from support.schedule import schedule_arguments
 from support.screen import doing, say
@@ -295,6 +295,8 @@ def run(recipe: Recipe) -> None:
     # Data and model.
     with PartialState().main_process_first():  # the others find what it has downloaded
         train, dev, test = read_questions(recipe, tokenizer, rules)
+    now = measured_with(recipe, rules, train, dev, test)
+    start.say_other_questions(now)
     model, tokenizer = load_policy(recipe, kept)
 
     # Rewards and trainer: TRL's, but answers that teach nothing cost nothing.
@@ -306,11 +308,8 @@ def run(recipe: Recipe) -> None:
         train_dataset=training_questions(train, recipe, start.step, start.used),
         processing_class=tokenizer,
     )
-    try:
-        trainer.create_optimizer()
-    except (ImportError, ValueError) as error:  # it needs a package, or settings, that are not there
-        raise UserError(f"--optim {recipe.optim}: {' '.join(str(error).split())}") from error
-    report = Report(recipe, start, len(train), rollout, rules)
+    trainer.create_optimizer()  # says what it lacks before anything is answered
+    report = Report(recipe, start, len(train), rollout, rules, now)
     report.evaluations["generation"] = generation(recipe, model)
     report.evaluations["revisions"] = {"model": commit_of(model_config), "dataset": revision_of(recipe.dataset)}
     saving = Saving(recipe, trainer, report)
@@ -329,7 +328,8 @@ def run(recipe: Recipe) -> None:
             report.add_answers(name, test, texts)
             return figures
 
-        before = start.evaluation_before(len(test)) or held_out("before")
+        before = start.evaluations.get("before") if start.measured_as(now, "test") else None
+        before = before or held_out("before")
         say(evaluation_table({"before": before}))
         report.evaluations["before"] = before
         watch.warn("cut off", cut_off(before, recipe))

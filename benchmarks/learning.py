@@ -19,9 +19,10 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from support.picture import COLORS
 from support.resuming import read_json_lines
-from support.settings import load_recipe
 
 
 class Run(NamedTuple):
@@ -45,9 +46,15 @@ def read_run(folder: Path) -> Run:
     metrics = read_json_lines(folder / "metrics.jsonl")
     minutes = dict(enumerate(itertools.accumulate((line["seconds"] / 60 for line in metrics), initial=0.0)))
     test = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    settings = load_recipe(folder / "recipe.yaml")
+    settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     return Run(
-        recipe, seed or "", settings.completions, metrics, read_json_lines(folder / "evaluations.jsonl"), test, minutes
+        recipe,
+        seed or "",
+        settings["prompts_per_step"] * settings["num_generations"],
+        metrics,
+        read_json_lines(folder / "evaluations.jsonl"),
+        test,
+        minutes,
     )
 
 

@@ -83,7 +83,7 @@ def measure(settings: list[str], points: list[dict[str, str]], json_file: Path) 
 
     train_grpo.attach_lora = keep
     figures = dict.fromkeys("strict strict_low strict_high lenient format truncated mean_length".split(), 0.0)
-    train_grpo.measure = lambda *args, **kwargs: {"n": 1, **figures}
+    train_grpo.measure = lambda model, tokenizer, questions, *_: ({"n": 1, **figures}, [""] * len(questions))
     train_grpo.Trainer = on_all_answers(Trainer)
     support.preflight.check_memory = lambda *args: None  # what is estimated too large shall be tried
     config = AutoConfig.from_pretrained(longest.model)

@@ -77,6 +77,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
         raise UserError("--input FILE and --output FILE.jsonl go together: give both.")
     if (args.compare or args.merge or args.gguf) and not args.adapter:
         raise UserError("--compare, --merge and --gguf need an --adapter.")
+    if args.json and args.json.is_file() and not holds_figures(args.json):
+        raise UserError(
+            f"--json {args.json} holds something else than figures, which would be lost: give another file."
+        )
     if args.json and not args.eval:
         raise UserError("--json takes the figures of --eval: give both.")
 
@@ -98,6 +102,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
         give = f"give {found}" if found else "give the folder that holds adapter_config.json"
         raise UserError(f"there is no adapter in {args.adapter}: {give}.")
     return args
+
+
+def holds_figures(file: Path) -> bool:
+    """Whether `file` is empty, or an earlier --json."""
+    with contextlib.suppress(OSError, ValueError):
+        text = file.read_text(encoding="utf-8")
+        return not text or bool({"strict", "mcnemar"} & set(json.loads(text)))
+    return False
 
 
 class StreamedAnswer:

@@ -20,7 +20,7 @@ def output_dir_of(argv: list[str]) -> Path:
     """The output folder that a command line asks for, as far as can be seen without the recipe's own parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--output_dir")
+    parser.add_argument("--output_dir", "--output-dir")
     args, _ = parser.parse_known_args(argv)
     text = args.config.read_text(encoding="utf-8") if args.config and args.config.is_file() else ""
     return Path(args.output_dir or (yaml.safe_load(text) or {}).get("output_dir", "outputs"))

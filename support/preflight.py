@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -239,7 +240,7 @@ def preflight(recipe: Recipe, config) -> int:
     Returns how many layers shall keep their activations for the backward pass.
     """
     check_kind(recipe.model, config)
-    if "8bit" in recipe.optim:
+    if re.search("8bit|32bit|ademamix|bnb", recipe.optim) and "torch" not in recipe.optim:
         check_installed("bitsandbytes")
     if recipe.report_to != "none":
         check_installed(recipe.report_to)

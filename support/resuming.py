@@ -138,7 +138,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
             other = [
                 part
                 for before, part in zip(["", *this], this, strict=False)
-                if "--output_dir" not in (before, part) and not part.startswith("--output_dir=")
+                if not {before, part.split("=")[0]} & {"--output_dir", "--output-dir"}
             ]
             flaws = {flaw(checkpoint) for checkpoint in found}
             if None in flaws:
@@ -200,15 +200,25 @@ class Start:
     def __getstate__(self):  # for the other processes
         return vars(self) | {"lock": None}
 
-    @property
-    def comparable(self) -> bool:
-        """Whether what was measured up to there was measured with today's lengths and rewards."""
-        return not {"max_prompt_length", "max_completion_length", "rewards"} & set(self.changed)
+    def measured_as(self, now: dict, questions: str) -> bool:
+        """Whether the answers to `questions` (dev or test) were measured as they would be `now`: see `measured_with`."""
+        before = self.evaluations.get("measured_with", {})
+        return all(before.get(name) == now[name] for name in ("max_completion_length", "rewards", questions))
 
-    def evaluation_before(self, n: int) -> dict | None:
-        """The evaluation before step 1, if it was made, on `n` questions and as it would be made today."""
-        before = self.evaluations.get("before")
-        return before if before and before["n"] == n and self.comparable else None
+    def say_other_questions(self, now: dict) -> None:
+        """A line where the files of questions have changed: a run goes on with them, but it is not quite the same run."""
+        before = self.evaluations.get("measured_with", now)
+        if before["train"] != now["train"] and "max_prompt_length" not in self.changed:
+            say("changed     the questions to train on, or to develop on, are others than before")
+
+
+def measured_with(recipe: Recipe, rules: Rules, train, dev, test) -> dict:
+    """What an accuracy depends on besides the policy, and which questions are trained on; questions by a digest."""
+    digests = {
+        name: hashlib.sha256(json.dumps([part["prompt"][:], part["answer"][:]]).encode()).hexdigest()
+        for name, part in {"train": train, "dev": dev, "test": test}.items()
+    }
+    return {"max_completion_length": recipe.max_completion_length, "rewards": rules.digest, **digests}
 
 
 def find_start(recipe: Recipe, rules: Rules) -> Start:

@@ -42,8 +42,8 @@ def start() -> None:
     if "--verbose" in sys.argv or sys.stdout is None or sys.stderr is None:
         return
     _out, _err = (
-        open(os.dup(stream.fileno()), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
-        for stream in (sys.stdout, sys.stderr)
+        open(os.dup(stream.fileno()), "w", buffering=1, encoding=stream.encoding, errors=errors)
+        for stream, errors in ((sys.stdout, "replace"), (sys.stderr, sys.stderr.errors))
     )
     _lead_to(Path(tempfile.mkdtemp(prefix="grpo-")) / LOG)
     _temporary = True

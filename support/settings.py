@@ -183,7 +183,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
 
 def given(argv: list[str]) -> tuple[Path | None, set[str], set[str]]:
     """The --config of a command line, the settings that it gives, and those that flags give."""
-    flags = {arg[2:].split("=")[0]: i for i, arg in enumerate(argv) if arg.startswith("--")}
+    flags = {arg[2:].split("=")[0].replace("-", "_"): i for i, arg in enumerate(argv) if arg.startswith("--")}
     config = Path(argv[flags["config"] + 1]) if "config" in flags else None
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config else None
     return config, set(settings or {}), set(flags)

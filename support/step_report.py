@@ -54,17 +54,18 @@ class Report(TrainerCallback):
     """A readable line a step, metrics.jsonl, samples.jsonl, eval.json, answers.jsonl and reward_curve.png.
 
     `questions`: how many there are to train on. `rollout`: what `recording` leaves there, of the functions of `rules`.
+    `measured_with`: as of support/resuming.py, now.
     """
 
-    def __init__(self, recipe: Recipe, start: Start, questions: int, rollout: dict, rules: Rules):
+    def __init__(self, recipe: Recipe, start: Start, questions: int, rollout: dict, rules: Rules, measured_with: dict):
         self.recipe, self.start, self.questions, self.rollout, self.rules = recipe, start, questions, rollout, rules
         self.metrics, self.samples, self.development = (
             [line for line in read_json_lines(self.out / f"{name}.jsonl") if start.step and line["step"] <= start.step]
             for name in ("metrics", "samples", "evaluations")
         )
-        if not start.comparable:
+        if not start.measured_as(measured_with, "dev"):
             self.development = []
-        self.evaluations = {}  # what eval.json holds
+        self.evaluations = {"measured_with": measured_with}  # what eval.json holds
         kept = ("question", "expected", "before", "before_correct")
         answers = read_json_lines(self.out / "answers.jsonl") if start.step else []
         self.answers = [{name: line[name] for name in kept if name in line} for line in answers]

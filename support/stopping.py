@@ -161,7 +161,9 @@ class Saving(TrainerCallback):
         if not self.report.begun:
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise UserError(f"cannot write to {out}: {error}. No step was finished.") from error
-
+            if isinstance(error, RewardsError) and (newest := self.newest()):
+                allow_mending(newest)
+                raise UserError(f"{error} Mend it, then: {shlex.join([*interpreter(), *sys.argv])}") from None
             if recipe.processes == 1:
                 return
         if recipe.processes > 1:

@@ -154,7 +154,7 @@ def read_table(path: Path, questions: set[str]) -> Table:
                 raise UserError(f"cannot load {path}: it {advice}.")
         text = decode(content, path)
         if path.suffix.lower() == ".txt":
-            rows = [(number, {"text": line}) for number, line in lines_of(text)]
+            rows = [(number, {"text": line.strip()}) for number, line in lines_of(text)]
         elif path.suffix.lower() in (".csv", ".tsv"):
             rows = csv_rows(text, path, questions)
         else:

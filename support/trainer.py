@@ -8,6 +8,7 @@ import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
+from support.errors import UserError
 from support.schedule import take_rate
 from support.training_pass import prompts_shared, share_prompts, trust_pass
 
@@ -63,10 +64,13 @@ class Trainer(GRPOTrainer):
             batch["sampled_logps"] = sampled
             mean = sampled.sum() / sum(map(len, self._sampled))
             self._metrics["train"]["sampling/entropy"].append(-self.accelerator.gather(mean).mean().item())
+        # Answers that all earned the same have the rounding error of their mean for an advantage, divided by 1e-4: 0.002, not 0.
+        groups = batch["advantages"].view(-1, self.num_generations)
+        same = (groups == groups[:, :1]).all(dim=1)
+        groups[same] = 0
         if self.scale_rewards == "batch":  # TRL counts the answers of all questions as one group
-            advantages = self.accelerator.gather(batch["advantages"]).view(-1, self.num_generations)
-            same = (advantages.std(dim=1) < 1e-5).float().mean().item()
-            self._metrics["train"]["frac_reward_zero_std"][-1] = same
+            share = self.accelerator.gather(same).float().mean().item()
+            self._metrics["train"]["frac_reward_zero_std"][-1] = share
         batch["group"] = (
             torch.arange(len(batch["advantages"]), device=batch["advantages"].device) // self.num_generations
         )
@@ -133,6 +137,13 @@ class Trainer(GRPOTrainer):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._log_difference(inputs)
         return loss
+
+    def create_optimizer(self, *args, **kwargs):
+        """As transformers. Raises UserError where it needs a package, or settings, that are not there."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--optim {self.args.optim.value}: {' '.join(str(error).split())}") from error
 
     def create_model_card(self, *args, **kwargs):
         """None: TRL's would name no base model."""

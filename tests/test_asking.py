@@ -230,6 +230,13 @@ def test_a_pipe_that_is_not_utf8(stdin):
     assert result.returncode == 2 and result.stderr.decode().splitlines()[-1].startswith("error: the question is not")
 
 
+def test_a_terminal_that_is_not_utf8():
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "infer.py", "--model", "tiny", QUESTION]
+    result = subprocess.run(command, capture_output=True, env=environment)
+    assert result.returncode == 0 and b"?" in result.stdout
+
+
 def test_measuring(infer, adapter, tmp_path):
     questions_file(tmp_path / "own.jsonl", 8)
     arguments = ["--adapter", adapter, "--compare", "--rewards", "--json", tmp_path / "e.json"]
@@ -466,12 +473,17 @@ BAD = [
     (["--model", "tiny", "--temperature", "inf", "1+1"], "--temperature inf must be 0"),
     (["--model", "tiny", "--seed", "-1", "1+1"], "--seed -1 must lie"),
     (["--model", "tiny", "--seed", "18446744073709551616", "1+1"], "--seed 1844.* must lie"),
+    (["--adapter", "ADAPTER", "--eval", "test", "--json", "ADAPTER/adapter_config.json"], "holds something else"),
+    (
+        ["--model", "tiny", "--eval", "TMP/q.csv", "--max_new_tokens", "9999"],
+        "the prompt of question 1 has .* 9999 new",
+    ),
     (["--model", "tiny", "--eval", ""], "--eval is empty"),
     (["--model", "tiny", "--eval", "nowhere.csv"], "there is no file nowhere.csv"),
-    (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/q.csv"], "write over the questions"),
+    (["--model", "tiny", "--eval", "TMP/q.csv", "--json", "TMP/q.csv"], "which would be lost"),
     (
         ["--model", "tiny", "--dataset", "TMP/q.csv", "--eval", "test", "--json", "TMP/q.csv"],
-        "over the questions: give",
+        "something else than figures",
     ),
     (["--model", "tiny", "--input", "TMP/empty.jsonl", "--output", "TMP/o.jsonl"], "empty.jsonl has no questions"),
     (["--model", "tiny", "--input", "TMP/q.csv", "--output", "TMP/dangling"], "cannot write to .*dangling"),

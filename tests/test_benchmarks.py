@@ -33,7 +33,7 @@ def runs(tmp_path):
         test = {"before": {"strict": 0.25, **figures}}
         if after:
             test |= {"after": {"strict": after, **figures}, "best_step": 2}
-        (folder / "recipe.yaml").write_text("prompts_per_step: 4\nnum_generations: 3\n")
+        (folder / "recipe.yaml").write_text("prompts_per_step: 4\nnum_generations: 3\nof_an_older_version: 1\n")
         (folder / "eval.json").write_text(json.dumps(test))
         for file, lines in {"metrics": steps, "evaluations": way}.items():
             (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

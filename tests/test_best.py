@@ -143,6 +143,20 @@ def test_accuracies_under_another_length_are_not_compared(scripted, monkeypatch,
     assert scripted == [6, 8] == [line["step"] for line in jsonl(tmp_path / "evaluations.jsonl")]
 
 
+def test_accuracies_under_another_length_are_not_compared_after_going_back(scripted, monkeypatch, tmp_path):
+    """The files may be of a later part of the run than the checkpoint, and of another length."""
+    in_process(monkeypatch, *STEPS, "--max_steps", 2, "--output_dir", tmp_path)
+    longer = ["--max_steps", 4, "--save_total_limit", 9, "--max_completion_length", 12]
+    in_process(monkeypatch, *STEPS, *longer, "--resume", "--output_dir", tmp_path)
+    scripted.clear()
+    in_process(monkeypatch, *STEPS, "--max_steps", 4, "--resume", "checkpoint-2", "--output_dir", tmp_path)
+    assert scripted == [2, 4]
+    before, after = (
+        json.loads((tmp_path / "eval.json").read_text())[name]["mean_length"] for name in ("before", "after")
+    )
+    assert min(before, after) > 12
+
+
 def test_another_number_of_development_questions_is_another_run(scripted, monkeypatch, tmp_path):
     in_process(monkeypatch, *STEPS, "--max_steps", 2, "--output_dir", tmp_path)
     with pytest.raises(UserError, match="dev_samples 128, not 64"):

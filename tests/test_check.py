@@ -127,6 +127,11 @@ def test_what_a_user_can_get_wrong_is_the_part_s_own_sentence(monkeypatch, tmp_p
     assert part == "questions" and "raise it" in sentence
 
 
+def test_an_optimiser_whose_package_is_missing_is_said(monkeypatch, tmp_path):
+    _, sentence = checked(monkeypatch, tmp_path, "--optim", "galore_adamw")
+    assert sentence.startswith("--optim galore_adamw: ") and "galore" in sentence and "--verbose" not in sentence
+
+
 def test_an_error_that_no_part_expects_says_what_to_do(monkeypatch, tmp_path):
     def broken(recipe, kept):
         raise RuntimeError(f"no kernel\nimage in {Path.cwd()}/kernels.so")

@@ -146,6 +146,11 @@ def test_questions_of_every_kind_of_file(tmp_path):
     assert read_questions(str(tmp_path / "q.jsonl")) == (["1加1"], [None])
 
 
+def test_a_label_is_not_rounded(tmp_path):
+    (tmp_path / "q.csv").write_text("question,answer\n一,0.12345678901234567890\n二,2.50\n三,1080\n")
+    assert read_questions(str(tmp_path / "q.csv"))[1] == ["0.12345678901234567890", 2.5, 1080]
+
+
 def test_asking_needs_no_labels(tmp_path, capsys):
     rows = [
         {"question": "1加1", "answer": a} for a in ("两个", None, "1 + 1 = 2\n#### 2", 2.5, "1,080", "?", "1 或 2", "…")

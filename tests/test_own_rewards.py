@@ -108,6 +108,7 @@ def test_the_prompt_of_the_recipe_or_a_flag_wins_over_the_files_which_wins_over_
     assert parse_recipe(["--rewards", mine]).system_prompt == "答案："
     assert parse_recipe(["--rewards", write(GOOD + TAIL, "other.py")]).system_prompt == SYSTEM_PROMPT
     assert parse_recipe(["--rewards", mine, f"--system_prompt={SYSTEM_PROMPT}"]).system_prompt == SYSTEM_PROMPT
+    assert parse_recipe(["--rewards", mine, "--system-prompt", "问："]).system_prompt == "问："
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("rewards: mine.py\nsystem_prompt: 问：\n", encoding="utf-8")
     assert parse_recipe([f"--config={recipe}"]).system_prompt == "问："
@@ -406,6 +407,16 @@ def test_resumed_with_another_content_it_is_another_run(choice_run, monkeypatch,
     assert len(jsonl(out / "metrics.jsonl")) == 4 and load_recipe(out / "recipe.yaml").rewards.startswith(str(out))
 
 
+def test_answers_that_all_earn_the_same_teach_nothing(write, monkeypatch, tmp_path):
+    """The mean of eight 3.7 is not 3.7 in float32: TRL divides the difference by 1e-4."""
+    mine = write("def same(completions, **kwargs):\n    return [3.7] * len(completions)\nREWARD_FUNCS = [same]")
+    arguments = ["--num_generations", 8, "--micro_batch_size", 8, "--max_steps", 2, "--dev_samples", 0]
+    in_process(monkeypatch, "--rewards", mine, *arguments, "--output_dir", tmp_path / "out")
+    lines = jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert [line["frac_reward_zero_std"] for line in lines] == [1, 1]
+    assert [line["grad_norm"] for line in lines] == [0, 0]
+
+
 FAILS = GOOD + "def fails(completions, answer, **kwargs):\n    if kwargs['trainer_state'].global_step == 2:\n"
 FAILS += "        return [1 / 0 for label in answer]\n    return [0.0 if c else None for c in completions]\n"
 FAILS += "REWARD_FUNCS = [good, fails]\nfrom rewards import is_correct\n"
@@ -428,10 +439,22 @@ def test_a_function_that_fails_on_the_way_leaves_a_checkpoint_and_may_be_mended(
     assert b"1 / 0" not in (out / "own_rewards.py").read_bytes()
 
 
+def test_a_function_that_fails_in_the_first_step_of_a_resumed_run_may_be_mended(write, monkeypatch, tmp_path):
+    out, mine = tmp_path / "out", write(FAILS)
+    run = ["--rewards", mine, "--output_dir", out, "--save_steps", 2, "--dev_samples", 0, "--max_steps"]
+    in_process(monkeypatch, *run, 2)
+    with pytest.raises(UserError, match="ZeroDivisionError: .* Mend it, then: .* --max_steps 3 --resume$") as error:
+        in_process(monkeypatch, *run, 3, "--resume")
+    one_line(error)
+    write(FAILS.replace("1 / 0", "0"))
+    in_process(monkeypatch, *run, 3, "--resume")
+    assert [line["step"] for line in jsonl(out / "metrics.jsonl")] == [1, 2, 3]
+
+
 def test_an_evaluation_that_fails_after_training_is_made_again(write, monkeypatch, tmp_path):
     out = tmp_path / "out"
     calls = "calls = []\ndef is_correct(text, label):\n    calls.append(1)\n    return bool(1 / {})\n"
-    mine = write(GOOD + TAIL + calls.format("(len(calls) <= 20)"))  # 10 questions, for two accuracies
+    mine = write(GOOD + TAIL + calls.format("(len(calls) <= 30)"))  # 10 questions, for two accuracies and answers.jsonl
     run = ["--output_dir", out, "--max_steps", 1, "--dev_samples", 0, "--rewards", mine]
     with pytest.raises(UserError, match="in is_correct: ZeroDivisionError.*The checkpoint of step 1 is in .*Mend it"):
         in_process(monkeypatch, *run)

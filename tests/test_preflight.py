@@ -195,6 +195,7 @@ def test_out_of_memory_is_known_by_its_words():
         (["--report_to", "wandb"], "wandb"),
         (["--report_to", "trackio"], "trackio"),
         (["--optim", "adamw_8bit"], "bitsandbytes"),
+        (["--optim", "paged_adamw_32bit"], "bitsandbytes"),
     ],
 )
 def test_a_package_that_only_this_recipe_needs(monkeypatch, tmp_path, arguments, package):

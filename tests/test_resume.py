@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,6 +286,19 @@ def test_after_a_change_of_length_both_evaluations_have_it(half, monkeypatch):
     evaluations = json.loads((half / "eval.json").read_text())
     assert evaluations["before"]["mean_length"] == evaluations["after"]["mean_length"] == 8
     assert evaluations["before"]["truncated"] == 1
+
+
+def test_other_questions_in_the_file_are_said_and_measured_anew(monkeypatch, tmp_path, capsys):
+    rows = Path("tiny/questions/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    file, out = tmp_path / "q.jsonl", tmp_path / "out"
+    arguments = ["--dataset", file, "--save_steps", 2, "--eval_steps", 2, "--output_dir", out, "--max_steps"]
+    file.write_text("".join(rows[:60]), encoding="utf-8")
+    in_process(monkeypatch, *arguments, 2)
+    file.write_text("".join(rows[60:120]), encoding="utf-8")
+    in_process(monkeypatch, *arguments, 4, "--resume")
+    assert "changed     the questions to train on, or to develop on, are others than before" in capsys.readouterr().out
+    assert [line["step"] for line in jsonl(out / "evaluations.jsonl")] == [2, 4]
+    assert jsonl(out / "answers.jsonl")[0]["question"] in "".join(rows[60:120])
 
 
 def test_changed_steps_between_checkpoints_are_kept_to(half, monkeypatch):
