@@ -320,16 +320,17 @@ def run(recipe: Recipe) -> None:
     for callback in (report, divergence, saving, development, watch):
         trainer.add_callback(callback)
 
+    def held_out(name: str, adapter: Path | None = None) -> dict[str, float]:
+        """The figures of the policy `name` on the held-out questions; its answers go to answers.jsonl."""
+        doing("answering", f"{len(test)} held-out questions")
+        figures, texts = measure(trainer.model, tokenizer, test, recipe.max_completion_length, adapter, rules)
+        report.add_answers(name, test, texts)
+        return figures
+
     with saving:  # what there is, on Ctrl-C, SIGTERM and errors
         # Evaluation before the first step; a resumed run has it already, unless it is of other questions or lengths.
-        def held_out(name: str, adapter: Path | None = None) -> dict[str, float]:
-            doing("answering", f"{len(test)} held-out questions")
-            figures, texts = measure(trainer.model, tokenizer, test, recipe.max_completion_length, adapter, rules)
-            report.add_answers(name, test, texts)
-            return figures
-
-        before = start.evaluations.get("before") if start.measured_as(now, "test") else None
-        before = before or held_out("before")
+        measured = start.measured_as(now, "test") and start.evaluations.get("before")
+        before = measured or held_out("before")
         say(evaluation_table({"before": before}))
         report.evaluations["before"] = before
         watch.warn("cut off", cut_off(before, recipe))
