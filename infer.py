@@ -68,7 +68,6 @@ def main() -> None:
     if args.dataset == recipe.dataset and args.adapter:
         args.dataset = None  # as if it were not given
     recipe.dataset = args.dataset or recipe.dataset
-
     recipe.max_completion_length = args.max_new_tokens or recipe.max_completion_length
     temperature = (
         args.temperature if args.temperature is not None else (recipe.temperature if args.samples > 1 else 0.0)

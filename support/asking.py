@@ -83,7 +83,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
         )
     if args.json and not args.eval:
         raise UserError("--json takes the figures of --eval: give both.")
-
     if args.eval and Path(args.eval).suffix.lower() in FILE_TYPES and not Path(args.eval).is_file():
         raise UserError(f"there is no file {args.eval}.")
     if args.model and (Path(args.model) / "adapter_config.json").is_file():

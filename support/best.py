@@ -70,14 +70,16 @@ class Development(TrainerCallback):
         if self.due(state.global_step):
             control.should_save = True
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        # also what the process before did not come to, before it was killed
+    def evaluate_if_due(self, state, control) -> None:
         if self.due(state.global_step) and not self.saving.stop():
             self.evaluate(state.global_step)
         control.should_training_stop |= self.saving.stop()  # a signal may have come meanwhile
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.evaluate_if_due(state, control)  # what the process before did not come to, before it was killed
+
     def on_save(self, args, state, control, **kwargs):
-        self.on_train_begin(args, state, control)
+        self.evaluate_if_due(state, control)
         if PartialState().is_main_process:
             # the newest, the best and, should the policy diverge, the last good one stay
             newest, *older = checkpoints(self.saving.out)

@@ -104,7 +104,7 @@ class Report(TrainerCallback):
             {"question": prompt[-1]["content"], "expected": label}
             for prompt, label in zip(questions["prompt"], questions["answer"], strict=True)
         ]
-        if [line["question"] for line in self.answers] != [line["question"] for line in lines]:
+        if [{key: line[key] for key in ("question", "expected")} for line in self.answers] != lines:
             self.answers = lines
         for line, text in zip(self.answers, texts, strict=True):
             line |= {name: text, f"{name}_correct": self.rules.is_correct(text, line["expected"])}

@@ -64,7 +64,7 @@ class Trainer(GRPOTrainer):
             batch["sampled_logps"] = sampled
             mean = sampled.sum() / sum(map(len, self._sampled))
             self._metrics["train"]["sampling/entropy"].append(-self.accelerator.gather(mean).mean().item())
-        # Answers that all earned the same have the rounding error of their mean for an advantage, divided by 1e-4: 0.002, not 0.
+        # The advantage of answers that all earned the same is the rounding error of their mean over 1e-4: 0.002, not 0
         groups = batch["advantages"].view(-1, self.num_generations)
         same = (groups == groups[:, :1]).all(dim=1)
         groups[same] = 0

@@ -294,11 +294,16 @@ def test_other_questions_in_the_file_are_said_and_measured_anew(monkeypatch, tmp
     arguments = ["--dataset", file, "--save_steps", 2, "--eval_steps", 2, "--output_dir", out, "--max_steps"]
     file.write_text("".join(rows[:60]), encoding="utf-8")
     in_process(monkeypatch, *arguments, 2)
-    file.write_text("".join(rows[60:120]), encoding="utf-8")
+    rows = [json.loads(row) for row in rows[:60]]
+    rows = [row | {"answer_only": row["answer_only"] + 1} for row in rows]  # the same questions with other labels
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     in_process(monkeypatch, *arguments, 4, "--resume")
     assert "changed     the questions to train on, or to develop on, are others than before" in capsys.readouterr().out
     assert [line["step"] for line in jsonl(out / "evaluations.jsonl")] == [2, 4]
-    assert jsonl(out / "answers.jsonl")[0]["question"] in "".join(rows[60:120])
+    (answer,) = {
+        row["answer_only"] for row in rows if row["question_zh-cn"] == jsonl(out / "answers.jsonl")[0]["question"]
+    }
+    assert jsonl(out / "answers.jsonl")[0]["expected"] == str(answer)
 
 
 def test_changed_steps_between_checkpoints_are_kept_to(half, monkeypatch):
