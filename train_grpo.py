@@ -344,7 +344,7 @@ def run(recipe: Recipe) -> None:
         training_seconds = time.perf_counter() - training_clock
         saving.leave_if_stopped()
 
-        # adapter/ is the policy that was best on the way; the evaluation after is of it, as it was saved.
+        # adapter/ is the last policy, unless one before was clearly better; the evaluation after is of it, as it was saved.
         check_present(out)
         last, best = broadcast_object_list([checkpoints(out)[0], development.best() or checkpoints(out)[0]])
         evaluations = {"before": before}
@@ -354,7 +354,7 @@ def run(recipe: Recipe) -> None:
                 trainer._load_from_checkpoint(str(best))
         keep_adapter(best, tokenizer, out)
         evaluations["after"] = held_out("after", out / "adapter")
-        steps = f"after: step {step_of(best)}" + (f", the best on the way; last: step {step_of(last)}" * (best != last))
+        steps = f"after: step {step_of(best)}" + (f", better on the way; last: step {step_of(last)}" * (best != last))
         say(f"{len(test)} held-out questions, greedy, same prompt and parser; {steps}")
         say(evaluation_table({name: evaluations[name] for name in TABLE if name in evaluations}))
         say("The first of them; answers.jsonl has all:")

@@ -1,4 +1,4 @@
-"""Accuracy on the way: development questions every few steps, and which checkpoint answers most of them right.
+"""Accuracy on the way: development questions every few steps, and which checkpoint is kept by them.
 
 The development questions are held out of the training split. The policy is chosen on them; the test split is for before and after.
 """

@@ -205,10 +205,18 @@ def evaluation_table(evaluations: dict[str, dict]) -> str:
 
 
 def best_evaluation(evaluations: list[dict]) -> dict | None:
-    """The line of evaluations.jsonl with the highest strict accuracy, the later of equals; step 0 is no policy of ours."""
-    return max(
-        (line for line in evaluations if line["step"]), key=lambda line: (line["strict"], line["step"]), default=None
-    )
+    """The line of evaluations.jsonl of the best policy: the latest within one standard error of the highest strict accuracy.
+
+    The highest of several noisy accuracies owes something to luck, and with a falling learning rate a later policy is
+    rarely worse. The one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3; the
+    error is that of a share, sqrt(p (1 − p) / n). Step 0 is no policy of ours.
+    """
+    trained = [line for line in evaluations if line["step"]]
+    if not trained:
+        return None
+    highest = max(trained, key=lambda line: line["strict"])
+    error = math.sqrt(highest["strict"] * (1 - highest["strict"]) / highest["n"])
+    return max((line for line in trained if line["strict"] >= highest["strict"] - error), key=lambda line: line["step"])
 
 
 # --- statistics --------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def reward_curve(metrics: list[dict], evaluations: list[dict], test: dict, maxim
             label = both(f"{results[0]['n']} test questions", "测试题") + ": " + " → ".join(f"{s:.1%}" for s in strict)
             axes.errorbar(at, strict, [*zip(*error, strict=True)], fmt="D", color=COLORS[2], capsize=3, label=label)
         if best := best_evaluation(evaluations):
-            label = both(f"best: {best['strict']:.1%} at step {best['step']}", "最好")
+            label = both(f"kept: {best['strict']:.1%} at step {best['step']}", "保留")
             axes.plot(best["step"], best["strict"], "o", color=COLORS[0], mfc="none", mew=1.5, ms=13, label=label)
         legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, frameon=False)
         legend.set_in_layout(False)  # a wide one must not make the panels narrow

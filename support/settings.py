@@ -97,7 +97,7 @@ class Recipe:
     eval_samples: int = setting(200, "held-out questions, answered greedily before the first step and after the last")
     dev_samples: int = setting(
         128,
-        "questions out of the training split, by which the best policy is chosen; at most a tenth of it; 0: the last one",
+        "questions out of the training split, by which the policy to keep is chosen; at most a tenth of it; 0: the last one",
     )
     eval_steps: int = setting(20, "steps between answers to them, each with a checkpoint")
     save_steps: int = setting(10, "steps between checkpoints")

@@ -68,12 +68,12 @@ def reward_hacking(metrics: list[dict], development: list[dict], recipe: Recipe)
 
 
 def no_gain(development: list[dict], recipe: Recipe) -> str | None:
-    """The best policy of the run answers fewer development questions right than the base model did."""
+    """The policy that is kept answers fewer development questions right than the base model did."""
     best = best_evaluation(development)
     if not best or development[0]["step"] or best["strict"] >= development[0]["strict"]:
         return None
     return (
-        f"the best policy answers {best['strict']:.1%} of the development questions right, and the base model {development[0]['strict']:.1%}: "
+        f"the policy that is kept answers {best['strict']:.1%} of the development questions right, and the base model {development[0]['strict']:.1%}: "
         f"look at samples.jsonl, and give --learning_rate {recipe.learning_rate / 2:g} and another --output_dir"
     )
 

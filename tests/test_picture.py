@@ -67,7 +67,7 @@ def test_accuracy():
     assert all([e["step"], e[key]] in band for e in EVALUATIONS for key in ("strict_low", "strict_high"))
     drawn = lines(axes)
     assert drawn["128 development questions"] == [[e["step"], e["strict"]] for e in EVALUATIONS]
-    assert drawn["best: 60.0% at step 30"] == [[30, 0.6]]
+    assert drawn["kept: 60.0% at step 30"] == [[30, 0.6]]
     (container,) = axes.containers
     points, _, (bars,) = container
     assert points.get_xydata().tolist() == [[0, 0.25], [30, 0.75]]
