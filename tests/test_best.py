@@ -83,7 +83,7 @@ def test_the_best_policy_is_kept(scripted, monkeypatch, tmp_path, capsys):
     assert json.loads(json_file.read_text()) == json.loads((tmp_path / "out" / "eval.json").read_text())["after"]
 
 
-@pytest.mark.parametrize("step", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize("step", [4, 7])  # in an evaluation that is due; after the best
 def test_a_run_that_is_stopped_and_goes_on_keeps_the_same_best(scripted, monkeypatch, tmp_path, step):
     log = Report.on_log
 
