@@ -197,6 +197,7 @@ def test_the_picture_has_every_evaluation(scripted, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "right, step",  # of 400 questions, whose standard error is 10 where 233 are right
     [
+        ({}, None),
         ({0: 400}, None),
         ({0: 103, 22: 203}, 22),
         ({22: 203, 44: 233, 66: 233}, 66),
