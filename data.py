@@ -159,9 +159,7 @@ def load_questions(
         fault = "which the model would take for a control token"
         raise UserError(f"{table.describe(bad, question_column, fault)}: remove it from the question.")
     prompts = [to_prompt(question, system_prompt) for question in questions]
-    lengths = [
-        len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)) for prompt in prompts
-    ]
+    lengths = list(map(len, tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)))
     fitting = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
     if not fitting:
         raise UserError(

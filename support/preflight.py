@@ -75,8 +75,8 @@ def estimate_minutes(parameters: float, weight_gib: float, recipe: Recipe) -> fl
     recomputed forward (not without gradient checkpointing) and backward through frozen weights. Both run at a third of the measured rates; a decoding step
     takes 8 ms at least, an optimiser step half a second.
     """
-    device, dtype, n = ("cuda", compute_dtype(recipe), 4096) if GPU else ("cpu", torch.float32, 1024)
-    a, b = torch.rand(n, n, device=device, dtype=dtype), torch.rand(2**25, device=device)
+    device, dtype, n, size = ("cuda", compute_dtype(recipe), 4096, 2**25) if GPU else ("cpu", torch.float32, 512, 2**23)
+    a, b = torch.rand(n, n, device=device, dtype=dtype), torch.rand(size, device=device)
 
     def seconds(work) -> float:
         for repeats in (1, 5):  # the first round warms up

@@ -1,11 +1,13 @@
 """What a run says and writes while it goes: a line a step, a sample answer, metrics.jsonl, samples.jsonl, the picture."""
 
+import contextlib
 import functools
 import math
 import os
 import platform
 import resource
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -15,7 +17,6 @@ from transformers import TrainerCallback
 from support import screen
 from support.memory import GIB
 from support.picture import draw_reward_curve
-from support.pins import installed
 from support.preflight import GPU
 from support.resuming import (
     Start,
@@ -256,8 +257,8 @@ def comparison_text(line: dict) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    names = ["torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth-zoo", "vllm", "bitsandbytes"]
-    found = installed()
-    return {"python": platform.python_version()} | {
-        name.replace("-", "_"): found[name] for name in names if name in found
-    }
+    versions = {"python": platform.python_version()}
+    for name in "torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth-zoo", "vllm", "bitsandbytes":
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name.replace("-", "_")] = version(name)
+    return versions

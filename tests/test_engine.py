@@ -160,10 +160,17 @@ def vllm(monkeypatch):
     return called
 
 
-@pytest.mark.parametrize("capability, asked, at_once", [((7, 5), 48, 48), ((7, 5), 96, 64), ((8, 6), 96, 96)])
-def test_a_t4_answers_at_most_64_at_once(card, vllm, capability, asked, at_once):
+CAPTURED = {1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)}  # batches for which vLLM 0.11.2 captures CUDA graphs
+
+
+@pytest.mark.parametrize(
+    "capability, asked, at_once",
+    [((7, 5), 48, 48), ((7, 5), 96, 64), ((8, 6), 100, 104), ((9, 0), 256, 272), ((9, 0), 264, 272), ((9, 0), 600, 512)],
+)
+def test_a_t4_answers_at_most_64_at_once_and_all_batches_have_cuda_graphs(card, vllm, capability, asked, at_once):
     card(capability)
     assert engine.engine_arguments(Recipe(), asked, 0.6)["max_num_seqs"] == at_once
+    assert at_once in CAPTURED and at_once != 256  # 256 is what unsloth changes by itself
     assert vllm == ["schedule_ahead", "merge_products", "tune_lora_kernels", "load_once"]
 
 
