@@ -1,7 +1,8 @@
 """train_grpo.py as one of several processes, which leaves its LoRA after each step in $PROBE, and dies where $DIES says.
 
 torchrun tests/ranks.py …, for test_ranks.py. With $FIXED the answers are made up, the same ones however many processes
-there are, and so are their advantages: of rank 0 three groups of four are worth nothing, of the others one.
+there are, and so are their advantages: of rank 0 three groups of four are worth nothing, of the others one. The picture
+is drawn with $PICTURE alone.
 """
 
 import os
@@ -18,6 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 import train_grpo
+from support import step_report
 from support.errors import run_script
 
 PROBE, DIES, FIXED = Path(os.environ["PROBE"]), os.environ.get("DIES", ""), "FIXED" in os.environ
@@ -72,4 +74,6 @@ class Probed(train_grpo.Trainer):
 
 
 train_grpo.Trainer = Probed
+if "PICTURE" not in os.environ:  # it takes a second or two at each checkpoint
+    step_report.draw_reward_curve = lambda *_: None
 run_script(train_grpo.main)

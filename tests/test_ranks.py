@@ -37,6 +37,7 @@ SETTINGS = [
     "4",
 ]
 SETTINGS += ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "4", "--eval_samples", "5", "--dev_samples", "5"]
+SETTINGS += ["--max_completion_length", "24"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -100,7 +101,7 @@ def samples(out: Path) -> list[tuple]:
 def unbroken(tmp_path_factory):
     """Four steps of two processes, and what they said."""
     out = tmp_path_factory.mktemp("unbroken") / "out"
-    status, said = run(2, out)
+    status, said = run(2, out, PICTURE="1")
     assert status == 0, said
     return out, said
 
@@ -114,6 +115,7 @@ def test_one_screen_and_one_set_of_files(unbroken):
     test = json.loads((out / "eval.json").read_text())
     assert test["before"]["n"] == test["after"]["n"] == 5  # of which one process had three, and one two
     assert {path.name for path in (out / "adapter").iterdir()} > {"adapter_model.safetensors", "tokenizer.json"}
+    assert (out / "reward_curve.png").exists()
 
 
 def test_every_answer_of_every_process_is_written_once(unbroken):
