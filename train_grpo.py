@@ -160,7 +160,8 @@ def attach_lora(model, recipe: Recipe, kept: int = 0):
 def load_policy(recipe: Recipe, kept: int):
     """The policy that is trained, and its tokenizer: the base model with a fresh LoRA; `kept` as in attach_lora."""
     doing("loading", recipe.model)
-    model, tokenizer = load_base_model(recipe, max(recipe.completions_each, 48))  # more questions than that are measured
+    at_once = max(recipe.completions_each, 48)  # more questions than that are measured
+    model, tokenizer = load_base_model(recipe, at_once)
     if not GPU:  # transformers would sample with the checkpoint's own top-p and penalties, if it brings some
         model.generation_config = GenerationConfig()
     policy = attach_lora(model, recipe, kept)

@@ -27,7 +27,8 @@ def engine_arguments(recipe: Recipe, max_num_seqs: int, share: float) -> dict:
     load_once()
     if torch.cuda.get_device_capability() < (8, 0):
         max_num_seqs = min(max_num_seqs, AT_ONCE)
-    step = 8 if max_num_seqs <= 248 else 16  # as vLLM captures CUDA graphs, up to 512; a batch between two of them has none
+    # vLLM captures CUDA graphs for every 8 answers up to 248, then for every 16 up to 512; more than the last have none
+    step = 8 if max_num_seqs <= 248 else 16
     sequences = min(math.ceil(max_num_seqs / step) * step, 512)
     if sequences == 256:  # unsloth's own default, for which it picks fewer by free memory
         sequences = 272

@@ -165,7 +165,14 @@ CAPTURED = {1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)}  # batches for whi
 
 @pytest.mark.parametrize(
     "capability, asked, at_once",
-    [((7, 5), 48, 48), ((7, 5), 96, 64), ((8, 6), 100, 104), ((9, 0), 256, 272), ((9, 0), 264, 272), ((9, 0), 600, 512)],
+    [
+        ((7, 5), 48, 48),
+        ((7, 5), 96, 64),
+        ((8, 6), 100, 104),
+        ((9, 0), 256, 272),
+        ((9, 0), 264, 272),
+        ((9, 0), 600, 512),
+    ],
 )
 def test_a_t4_answers_at_most_64_at_once_and_all_batches_have_cuda_graphs(card, vllm, capability, asked, at_once):
     card(capability)
