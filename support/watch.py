@@ -27,8 +27,9 @@ def cut_off(before: dict, recipe: Recipe) -> str | None:
     return None
 
 
-def no_variance(metrics: list[dict], recipe: Recipe) -> str | None:
+def no_variance(report: Report, recipe: Recipe) -> str | None:
     """In each of the last steps, most questions had answers that all earned the same, so that they taught nothing."""
+    metrics = report.metrics
     if len(metrics) >= SAME and all(line["frac_reward_zero_std"] == 1 for line in metrics):
         return (
             f"all answers to a question have earned the same in each of the {len(metrics)} steps so far, {metrics[-1]['reward']:.2f} in the "
@@ -37,14 +38,15 @@ def no_variance(metrics: list[dict], recipe: Recipe) -> str | None:
     last = metrics[-WINDOW:]
     if len(last) < WINDOW or not all(line["frac_reward_zero_std"] > 0.5 for line in last):
         return None
-    reward = sum(line["reward"] for line in last) / WINDOW
-    highest = max(line["reward"] for line in metrics)
+    texts = (completion[-1]["content"] for completion in report.rollout["completions"])
+    right = list(map(report.rules.is_correct, texts, report.rollout["answers"]))
+    share = sum(right) / len(right)
     way_out = (
-        "the policy answers most of these questions alike and well: stop here, or give harder questions"
-        if reward > 0.8 * highest
+        "stop here, or give harder questions"
+        if share > 0.5
         else f"give easier questions, --num_generations {2 * recipe.num_generations} or a higher --temperature"
     )
-    return f"for {WINDOW} steps most groups of answers have earned the same and taught nothing: {way_out}"
+    return f"for {WINDOW} steps most groups of answers have earned the same and taught nothing, and {share:.0%} of the last step's answers are right: {way_out}"
 
 
 def reward_hacking(metrics: list[dict], development: list[dict], recipe: Recipe) -> str | None:
@@ -110,11 +112,10 @@ def other_language(rollout: dict, recipe: Recipe) -> str | None:
     ]
     if 2 * sum(left) <= len(left):
         return None
-    pays = "" if recipe.rewards else "--rewards examples/in_chinese.py, which pays for Chinese, or "
-    return (
-        f"{sum(left) / len(left):.0%} of the last step's answers are in English, and their questions are not: no reward asks for the "
-        f"language of the question. Give {pays}--learning_rate {recipe.learning_rate / 2:g}"
-    )
+    way_out = f"--learning_rate {recipe.learning_rate / 2:g}"
+    if not recipe.rewards:  # which may have reasons of their own
+        way_out = f"--rewards examples/in_chinese.py, which pays for Chinese, or {way_out}"
+    return f"{sum(left) / len(left):.0%} of the last step's answers are in English, and their questions are not: give {way_out}"
 
 
 def lora_without_effect(model, tokens: list[int]) -> str | None:
@@ -165,7 +166,7 @@ class Watch(TrainerCallback):
         if "reward" not in logs:
             return
         metrics = self.report.metrics
-        self.warn("no variance", no_variance(metrics, self.recipe))
+        self.warn("no variance", no_variance(self.report, self.recipe))
         self.warn("skipped", skipped(metrics, self.recipe))
         self.warn("disagreement", disagreement(metrics, self.recipe))
         self.warn("language", other_language(self.report.rollout, self.recipe))

@@ -91,15 +91,17 @@ def test_a_file_that_takes_our_is_correct_has_numbers_for_labels():
     assert len(rules.funcs) == 6 and sum(rules.maxima.values()) == 4.0 + rules.maxima["length_bonus"]
 
 
-def test_chinese_is_paid_for_beside_our_five():
+def test_chinese_is_paid_for_beside_our_five_where_the_question_is_not_in_english():
     rules = load_rules("examples/in_chinese.py")
     texts = [
         f"<reasoning>\n{why}\n</reasoning>\n<answer>\n72\n</answer>"
         for why in ("一共72杯", "72 cups in all", "70+2=72")
     ]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    earned = [func(prompts=[], completions=completions, answer=["72"] * 3) for func in rules.funcs]
-    assert [sum(each) for each in zip(*earned, strict=True)] == [4.5, 4.0, 4.5]
+    for question, expected in [("一共多少杯？", [4.5, 4.0, 4.5]), ("How many cups in all?", [4.5, 4.5, 4.5])]:
+        prompts = [[{"role": "user", "content": question}]] * 3
+        earned = [func(prompts=prompts, completions=completions, answer=["72"] * 3) for func in rules.funcs]
+        assert [sum(each) for each in zip(*earned, strict=True)] == expected
     assert sum(rules.maxima.values()) == 4.5 and rules.is_correct is is_correct
 
 

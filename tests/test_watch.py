@@ -9,6 +9,7 @@ from test_best import figures
 from test_runs import in_process
 from transformers import AutoTokenizer
 
+from support.rules import OURS
 from support.settings import Recipe
 from support.watch import (
     Watch,
@@ -37,16 +38,21 @@ def test_answers_that_are_cut_off():
 
 
 def test_groups_without_variance():
-    assert no_variance(steps([1.0] * 19, same=0.9), Recipe()) is None
-    assert no_variance(steps([0.0] * 4, same=1.0), Recipe()) is None
-    nothing = no_variance(steps([0.0] * 5, same=1.0), Recipe())  # as of a reward that does not read what it is given
+    def said(metrics, texts=("<answer>1</answer>",)):
+        rollout = {"completions": [[{"content": text}] for text in texts], "answers": ["1"] * len(texts)}
+        return no_variance(SimpleNamespace(metrics=metrics, rollout=rollout, rules=OURS), Recipe())
+
+    assert said(steps([1.0] * 19, same=0.9)) is None
+    assert said(steps([0.0] * 4, same=1.0)) is None
+    nothing = said(steps([0.0] * 5, same=1.0))  # as of a reward that does not read what it is given
     assert "in each of the 5 steps so far" in nothing and "whether the reward functions read" in nothing
-    assert no_variance([*steps([1.0], same=0.9), *steps([0.0] * 10, same=1.0)], Recipe()) is None
-    assert no_variance(steps([1.0] * 25, same=0.5), Recipe()) is None
-    learned = no_variance(steps([1.0, 2.0, *[3.9] * 20], same=0.6), Recipe())
-    assert "stop here, or give harder questions" in learned
-    stuck = no_variance(steps([2.0, *[0.5] * 20], same=0.6), Recipe())
-    assert "--num_generations 12" in stuck and "easier questions" in stuck
+    assert said([*steps([1.0], same=0.9), *steps([0.0] * 10, same=1.0)]) is None
+    assert said(steps([1.0] * 25, same=0.5)) is None
+    learned = said(steps([1.0, 2.0, *[3.9] * 20], same=0.6))
+    assert "100% of the last step's answers are right: stop here, or give harder questions" in learned
+    # half a billion parameters that have learned the form alone: the reward is as high as it ever was
+    stuck = said(steps([2.0, *[2.7] * 20], same=0.8), ["<answer>1</answer>", *["<answer>2</answer>"] * 9])
+    assert "10% of the last step's answers are right: give easier questions, --num_generations 12" in stuck
 
 
 def test_a_reward_that_rises_while_right_answers_are_lost():
@@ -143,7 +149,7 @@ def test_answers_in_another_language(question, completions, warned, capsys):
     assert (sentence is not None) == warned
     if warned:
         assert sentence.endswith(
-            "Give --rewards examples/in_chinese.py, which pays for Chinese, or --learning_rate 0.0001"
+            "give --rewards examples/in_chinese.py, which pays for Chinese, or --learning_rate 0.0001"
         )
         assert "in_chinese" not in other_language(rollout, Recipe(rewards="mine.py"))  # who has rewards has reasons
     watch = Watch(Recipe(), SimpleNamespace(metrics=steps([1.0, 1.0]), rollout=rollout))
