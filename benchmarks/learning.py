@@ -7,8 +7,8 @@ Every folder in RUNS that holds a recipe.yaml and a metrics.jsonl is a run; thos
 are one recipe with several seeds, and have one colour. A line a run: its strict and lenient accuracy on the test questions
 before training, of the policy that was kept (its step in brackets), and of the last one; the minutes of its steps; and how many of these it took
 until the accuracy on the way, on the development questions, was --reach or more. Where a recipe has several seeds, their means follow.
-The picture, RUNS/learning.png: accuracy on the way and the running mean of the reward, against the minutes of steps; what
-evaluations, checkpoints and the start take is not in them.
+The picture, RUNS/learning.png: accuracy on the way and the running mean of the reward, of the functions that all runs have,
+against the minutes of steps; what evaluations, checkpoints and the start take is not in them.
 """
 
 import argparse
@@ -89,10 +89,14 @@ def table(runs: dict[str, list[Run]], reach: float) -> str:
 
 
 def picture(runs: dict[str, list[Run]]):
-    """The matplotlib Figure: accuracy on the way above, rewards below, a colour a recipe."""
+    """The matplotlib Figure: accuracy on the way above, the sum of the rewards that all runs have below, a colour a recipe."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
+    lines = [line for group in runs.values() for run in group for line in run.metrics]
+    names = sorted(
+        set.intersection(*({name for name in line if re.fullmatch("rewards/[^/]+", name)} for line in lines))
+    )
     figure = Figure(figsize=(8, 7), layout="constrained")
     accuracy, reward = figure.subplots(2, sharex=True)
     for (recipe, group), color in zip(runs.items(), itertools.cycle(COLORS)):
@@ -102,7 +106,9 @@ def picture(runs: dict[str, list[Run]]):
             accuracy.plot(minutes, [line["strict"] for line in run.development], ".-", color=color, **label)
             window = max(len(run.metrics) // 10, 1)
             smooth = [
-                statistics.mean(line["reward"] for line in run.metrics[max(i - window + 1, 0) : i + 1])
+                statistics.mean(
+                    sum(line[name] for name in names) for line in run.metrics[max(i - window + 1, 0) : i + 1]
+                )
                 for i in range(len(run.metrics))
             ]
             reward.plot([run.minutes[i + 1] for i in range(len(smooth))], smooth, color=color, **label)
@@ -111,7 +117,8 @@ def picture(runs: dict[str, list[Run]]):
         title=f"Development questions right, of {', '.join(map(str, sorted(questions)))}", ylabel="strict accuracy"
     )
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    reward.set(title="Mean reward of a step, running mean of a tenth of the run", xlabel="minutes of steps")
+    title = f"Mean reward of a step, of the {len(names)} functions that all runs have, over a tenth of a run"
+    reward.set(title=title, xlabel="minutes of steps")
     for axes in (accuracy, reward):
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
