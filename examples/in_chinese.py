@@ -3,9 +3,9 @@
     python train_grpo.py --rewards examples/in_chinese.py
 
 Nothing in the five asks for Chinese. With them alone, Qwen2.5-Coder-1.5B went over to English in one run of five at a rate
-of 5e-5 (65 % of the answers of the last twenty steps), and at 2e-4 in two of two (docs/results.md). DeepSeek-R1 has such a
-reward too, the share of words in the language wanted (https://arxiv.org/abs/2501.12948); here it is all or nothing, so that
-groups of Chinese answers do not differ by it.
+of 5e-5 (65 % of the answers of the last twenty steps), and at 2e-4 in both whose answers were kept (docs/results.md).
+DeepSeek-R1 has such a reward too, the share of words in the language wanted (https://arxiv.org/abs/2501.12948); here it is
+all or nothing, so that groups of Chinese answers do not differ by it.
 """
 
 from rewards import MAX_REWARDS as OUR_MAX
