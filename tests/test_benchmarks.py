@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from benchmarks.learning import picture, read_run
 from benchmarks.profile import table
 from benchmarks.t4 import compare, kernels_table, spill_bytes, write_adapter
 
@@ -51,6 +52,18 @@ def test_learning_sets_runs_side_by_side(runs):
     assert rows[1][-1] == "1.5" and "mean 60.0% (58.0% to 62.0%)" in rows[2][4]
     assert rows[3][4:] == ["25.0% → …", "50.0% → …", "…", "1.0", "never"]
     assert (runs / "learning.png").stat().st_size > 10_000
+
+
+def test_rewards_side_by_side_are_those_that_all_runs_have(runs):
+    """A recipe with one more reward would seem to learn more."""
+    for folder, more in zip(sorted(runs.iterdir()), [{}, {"rewards/chinese_reward": 0.5}, {}], strict=True):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rewards = {"rewards/int": 1.0, "rewards/int/std": 0.1, **more}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line | rewards) + "\n" for line in lines))
+    sides = {folder.name: [read_run(folder)] for folder in sorted(runs.iterdir())}
+    accuracy, reward = picture(sides).axes
+    assert [set(line.get_ydata()) for line in reward.lines] == [{1.0}] * 3
+    assert reward.get_title().startswith("Mean reward of a step, of the 1 functions that all runs have")
 
 
 def test_training_divides_a_step_into_its_parts(tmp_path):
