@@ -251,8 +251,8 @@ def find_column(table: Table, names: list[str], dataset: str, can_serve: Callabl
     if not there:
         has = ", ".join(shown(name, 30) for name in list(table.names.values())[:12]) or "none"
         flag = "--question_column" if names[-1] in QUESTION_COLUMNS else "--answer_column"
-        renamed = f"Rename the one that is meant to {names[0]}, or give train_grpo.py {flag} NAME"
-        advice = renamed if len(names) > 1 else "Name one of these"
+        named = f"Train with {flag} NAME, or rename the one that is meant to {names[0]}"
+        advice = named if len(names) > 1 else "Name one of these"
         raise UserError(f"{dataset} has no column {' or '.join(names)}: it has {has}. {advice}.")
     serving = {column: sum(map(can_serve, table.columns[column])) for column in there}
     return next((column for column in there if serving[column] * 2 >= len(table)), max(there, key=serving.get))

@@ -399,9 +399,10 @@ def check(recipe: Recipe) -> None:
         start = time.perf_counter()
         model, tokenizer = load_policy(recipe, kept)
         checking.engine(model, time.perf_counter() - start)
+        rollout = {}
         trainer = Trainer(
             model=model,
-            reward_funcs=[trial(rules)],
+            reward_funcs=[trial(rules, rollout)],
             args=config,
             train_dataset=training_questions(train, replace(recipe, max_steps=1)),
             processing_class=tokenizer,
@@ -409,6 +410,7 @@ def check(recipe: Recipe) -> None:
         trainer.remove_callback(ProgressCallback)
         checking.log_probabilities(trainer, train["prompt"][:4])
         checking.step(trainer)
+        checking.rewards(rules, rollout)
     say("check passed")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import inspect
 import json
 import os
@@ -52,7 +53,15 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--use_vllm", choices=["true", "false"], help="default: the adapter's, else train_grpo.py's")
     add("--enforce_eager", choices=["true", "false"], help="vLLM without CUDA graphs; the same default")
     add("--verbose", action="store_true", help="show what the libraries say")
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if flag := next((part for part in unknown if part.startswith("-")), None):
+        nearest = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown argument {flag}; the nearest is {nearest}. --help lists them all.")
+    if unknown:
+        raise UserError(
+            f"{args.question} and {unknown[0]} cannot both be the question: put a question of several words into quotes"
+            + (", and give no file with --rewards: they are those of the training." if args.rewards else ".")
+        )
 
     jobs = [name for name in ("question", "input", "eval", "merge", "gguf") if getattr(args, name) is not None]
     if len(jobs) > 1:

@@ -25,7 +25,7 @@ from support.preflight import GPU, compute_dtype, nvidia_driver
 from support.rules import Rules
 from support.screen import doing, say
 from support.settings import Recipe
-from support.step_report import duration, installed_versions, recording
+from support.step_report import duration, installed_versions, recording, short
 
 TOKENS = 32  # of an answer whose log-probabilities are compared
 PRIVATE = ("model", "dataset", "output_dir", "rewards")  # settings that may be paths of this machine
@@ -59,7 +59,8 @@ class Check:
             write_check(self.out, self.found, self.names)
             say(f"written     {self.out / 'check.json'}, for a report: no paths, no names")
         if isinstance(error, Exception):
-            raise UserError(f"check failed ({self.part}): {sentence}") from (error.__cause__ or error)
+            cause = error.__cause__ if isinstance(error, UserError) else error
+            raise UserError(f"check failed ({self.part}): {sentence}") from cause
 
     def explained(self, error: Exception) -> str:
         """An error that no part expects, in a sentence with what to set."""
@@ -216,15 +217,36 @@ class Check:
         self.part = "time"
         say(f"{self.part:12}{recipe.max_steps} steps and the evaluations at that rate: {duration(steps * seconds)}")
 
+    def rewards(self, rules: Rules, rollout: dict) -> None:
+        """What each function of `rules` gave the answers of the step. Not in check.json: their names are the user's."""
+        self.part = "rewards"
+        earned = {name: [value for value in rollout[name] if value is not None] for name in rules.names}
+        words = {
+            name: "none"
+            if not values
+            else f"{min(values):g} to {max(values):g}"
+            if len(set(values)) > 1
+            else f"{values[0]:g}"
+            for name, values in earned.items()
+        }
+        same = all(len(set(values)) < 2 for values in earned.values())
+        say(
+            f"{self.part:12}{', '.join(f'{short(name)} {text}' for name, text in words.items())}"
+            + (
+                "  the same for all answers: look whether the functions read a completion as they should"
+                if same
+                else ""
+            )
+        )
 
-def trial(rules: Rules):
+
+def trial(rules: Rules, rollout: dict):
     """The reward of --check's step: the second of two answers beats the first, so that every group has a variance.
 
-    The functions of `rules` are called, as TRL calls them, and what they give is looked at, but not used.
+    The functions of `rules` are called, as TRL calls them; what they give is left in `rollout`, but not trained on.
     """
 
     def trial_reward(completions, **given) -> list[float]:
-        rollout = {}
         for func in rules.funcs:
             recording(func, rollout, rules)(completions=completions, **given)
         return [float(i % 2) for i in range(len(completions))]

@@ -22,7 +22,7 @@ import numbers
 import re
 import sys
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -257,7 +257,7 @@ def _checked(file: str, func: Callable) -> Callable:
     def wrapper(*args, completions, **kwargs):
         try:
             given = func(*args, completions=completions, **kwargs)
-            values = None if given is None or isinstance(given, str | dict) else list(given)
+            values = None if isinstance(given, str | dict) or not isinstance(given, Iterable) else list(given)
         except Exception as error:
             if "out of memory" in str(error):  # the run has advice of its own
                 raise

@@ -13,7 +13,7 @@ from trl import TrlParser
 from data import HUB_ID, SYSTEM_PROMPT
 from support import screen
 from support.errors import UserError, fail
-from support.places import find_local
+from support.places import SCRIPTS, find_local
 from support.rules import load_rules
 from support.schedule import SCHEDULES
 
@@ -158,7 +158,8 @@ def parse_recipe(argv: list[str]) -> Recipe:
     try:
         recipe, _, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except OSError as error:
-        raise UserError(f"cannot read the recipe {error.filename}: {error.strerror}.") from error
+        ours = f"; there is recipes/{error.filename}" if (SCRIPTS / "recipes" / str(error.filename)).is_file() else ""
+        raise UserError(f"cannot read the recipe {error.filename}: {error.strerror}{ours}.") from error
     except (yaml.YAMLError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{' '.join(argv)}: this is not a YAML file of `setting: value` lines ({reason}).") from error

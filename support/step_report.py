@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from support import screen
+from support.evaluation import best_evaluation
 from support.memory import GIB
 from support.picture import draw_reward_curve
 from support.preflight import GPU
@@ -113,7 +114,6 @@ class Report(TrainerCallback):
     def write_development(self, step: int, figures: dict, seconds: float) -> None:
         """One line, and one of evaluations.jsonl: what the policy after `step` makes of the development questions."""
         line = {"step": step, **figures, "seconds": round(seconds, 2)}
-        highest = max((other["strict"] for other in self.development), default=0.0)
         self.development.append(line)
         if self.begun:
             check_present(self.out)
@@ -122,7 +122,7 @@ class Report(TrainerCallback):
         say(
             f"accuracy    step {step}  strict {line['strict']:.1%} ({line['strict_low']:.1%} to {line['strict_high']:.1%})  "
             f"lenient {line['lenient']:.1%}  format {line['format']:.1%}  of {line['n']} development questions  {seconds:.1f} s"
-            + ("  the best so far" if step and line["strict"] >= highest else "")
+            + ("  kept so far" if best_evaluation(self.development) is line else "")
         )
 
     def seconds_left(self, step: int, last: int = 10) -> float:
@@ -152,7 +152,7 @@ class Report(TrainerCallback):
         write_json_lines(self.out / "metrics.jsonl", [metrics], append=True)
         write_json_lines(self.out / "samples.jsonl", samples, append=True)
 
-        left = self.seconds_left(state.global_step) / 60
+        left = self.seconds_left(state.global_step)
         parts = " + ".join(
             f"{short(name)} {reward_text(metrics[f'rewards/{name}'], '.2f')}" for name in self.rules.names
         )
@@ -160,7 +160,7 @@ class Report(TrainerCallback):
             f"step {state.global_step:3}  reward {metrics['reward']:.2f} = {parts}  "
             f"no variance {metrics['frac_reward_zero_std']:.0%}  length {metrics['completions/mean_length']:.0f}  "
             f"cut off {metrics['completions/clipped_ratio']:.0%}  {metrics['seconds']:.1f} s  {metrics['gib']:.1f} GiB  "
-            f"{left:.0f} min left",
+            f"{duration(left)} left",
         )
         screen.advance(state.global_step)
         if len(self.seconds) == 3 and state.global_step < state.max_steps:
@@ -173,7 +173,9 @@ class Report(TrainerCallback):
     def say_hours(self, step: int) -> None:
         """How long the run takes, once its steps have found their pace: the first of this process is the slowest."""
         seconds = self.seconds_left(step, last=2)
-        say(f"time        {duration(seconds)} for the {self.recipe.max_steps - step} steps that are left")
+        say(
+            f"time        {duration(seconds)} left, for {self.recipe.max_steps - step} of {self.recipe.max_steps} steps"
+        )
         if seconds > LONG and not on_mounted_folder(self.out):
             say(
                 f"            a Colab runtime may end before that, and its disk with it: put --output_dir on a mounted folder "

@@ -68,7 +68,7 @@ def test_the_best_policy_is_kept(scripted, monkeypatch, tmp_path, capsys):
     assert scripted == [0, 2, 4, 6, 8]
     printed = capsys.readouterr().out
     assert "accuracy    step 4  strict 50.0% (40.0% to 60.0%)" in printed
-    assert printed.count("the best so far") == 3
+    assert printed.count("kept so far") == 3
     assert "after: step 6, better on the way; last: step 8" in printed
     # After and last are of these two, without vLLM from the model in memory: infer.py says the same of adapter/.
     monkeypatch.undo()

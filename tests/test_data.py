@@ -141,8 +141,8 @@ def test_the_system_prompt_is_the_one_asked_for(tokenizer, write):
 
 
 BAD = [
-    ([{"题": "1加1", "answer_only": 2}], ["question_zh-cn", "题, answer_only", "Rename"], "no question column"),
-    ([{"question_zh-cn": "1加1"}], ["answer_only", "Rename"], "no answer column"),
+    ([{"题": "1加1", "answer_only": 2}], ["question_zh-cn", "题, answer_only", "rename"], "no question column"),
+    ([{"question_zh-cn": "1加1"}], ["answer_only", "rename"], "no answer column"),
     ([{"a": 1}], ["no column question_zh-cn or", "it has a."], "neither column"),
     ([GOOD, GOOD | {"answer_only": "两个"}], ["row 2", "'两个'", "not one number"], "a label that is no number"),
     ([GOOD | {"answer_only": "1 或 2"}], ["row 1", "not one number"], "a label with two numbers"),

@@ -298,14 +298,14 @@ def test_what_generates_is_told(monkeypatch):
 @pytest.mark.parametrize(
     "steps, mounted, lines",
     [
-        ([200, 70, 80], False, ["time        96 min for the 77 steps that are left"]),
-        ([9, 210, 210], True, ["time        4.5 hours for the 77 steps that are left"]),
+        ([200, 70, 80], False, ["time        96 min left, for 77 of 80 steps"]),
+        ([9, 210, 210], True, ["time        4.5 hours left, for 77 of 80 steps"]),
         (
             [9, 210, 210],
             False,
-            ["time        4.5 hours for the 77 steps that are left", "            a Colab runtime may"],
+            ["time        4.5 hours left, for 77 of 80 steps", "            a Colab runtime may"],
         ),
-        ([1, 2, 2], False, ["time        3 min for the 77 steps that are left"]),
+        ([1, 2, 2], False, ["time        3 min left, for 77 of 80 steps"]),
     ],
 )
 def test_the_hours_are_said_after_the_third_step(monkeypatch, capsys, steps, mounted, lines):

@@ -231,7 +231,7 @@ def test_a_file_that_cannot_be_read(write, tmp_path, monkeypatch):
         ("return [1.0, float('nan')]", "bad gave nan, which is no finite number"),
         ("return [1.0, [2.0]]", "bad gave .2.0., which is no finite number"),
         ("pass", "mine.py, line 1: bad gave None, and no list. TRL"),
-        ("return 1.0", "mine.py, line 1, in bad: TypeError: 'float' object is not iterable. TRL"),
+        ("return 1.0", "mine.py, line 1: bad gave 1.0, and no list. TRL"),
         ("return (1 / 0 for c in completions)", "mine.py, line 2, in bad: ZeroDivisionError"),
     ],
 )
@@ -489,6 +489,9 @@ def test_check_tries_the_functions(write, monkeypatch, tmp_path, capsys):
     in_process(monkeypatch, "--check", *CHOICE, "--output_dir", tmp_path / "out")
     said = capsys.readouterr().out
     assert "rewards     examples/multiple_choice.py: correct_reward" in said and said.endswith("check passed\n")
+    assert "rewards     correct_reward 0, letter_reward 0, tags_reward 0  the same for all answers: look" in said
+    in_process(monkeypatch, "--check", "--rewards", write(GOOD + TAIL), "--output_dir", tmp_path / "out1")
+    assert "rewards     good 0 to 2\n" in capsys.readouterr().out
     mine = write(FAILS.replace("== 2", "== 0"))
     with pytest.raises(UserError, match=r"check failed \(step\): .*mine.py, line 5, in fails: ZeroDivisionError"):
         in_process(monkeypatch, "--check", "--rewards", mine, "--output_dir", tmp_path / "out2")

@@ -75,7 +75,11 @@ BAD_FLAGS = [
     (["--output_dir", ""], "--output_dir is empty: give it a value."),
     (["--dtype", "fp8"], "choose from"),
     (["--loss_type", "ppo"], "choose from"),
-    (["--config", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+    (["--config", "nowhere.yaml"], "cannot read the recipe nowhere.yaml: No such file or directory."),
+    (
+        ["--config", "tiny.yaml"],
+        "cannot read the recipe tiny.yaml: No such file or directory; there is recipes/tiny.yaml.",
+    ),
     (["--max_steps", "0"], "--max_steps 0 is too small: give 1 or more."),
     (["--save_total_limit", "1"], "--save_total_limit 1 is too small: give 2 or more."),
     (["--num_generations", "1"], "--num_generations 1 is too small: give 2 or more."),
