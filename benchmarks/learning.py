@@ -121,7 +121,7 @@ def picture(runs: dict[str, list[Run]]):
     reward.set(title=title, xlabel="minutes of steps")
     for axes in (accuracy, reward):
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        axes.legend()
     return figure
 
 
