@@ -106,7 +106,9 @@ def parse_arguments(description: str) -> argparse.Namespace:
         ):
             raise UserError(f"cannot write to {path}: give a file in a folder that you may write to.")
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
-        found = " or ".join(str(file.parent) for file in sorted(Path("outputs").glob("**/adapter/adapter_config.json")))
+        inside = sorted(args.adapter.glob("adapter/adapter_config.json"))  # where it is a run's folder
+        files = inside or sorted(Path("outputs").glob("**/adapter/adapter_config.json"))
+        found = " or ".join(str(file.parent) for file in files)
         give = f"give {found}" if found else "give the folder that holds adapter_config.json"
         raise UserError(f"there is no adapter in {args.adapter}: {give}.")
     return args

@@ -116,7 +116,7 @@ def check_installed(package: str) -> None:
 
 def check_machine(recipe: Recipe) -> None:
     """Raises UserError where loading the model needs a GPU, or a package, that is not there."""
-    without = "Without a GPU: train_grpo.py --config recipes/tiny.yaml, and infer.py --model tiny"
+    without = "Without a GPU give train_grpo.py --config recipes/tiny.yaml, and infer.py --model tiny"
     if not GPU and (recipe.load_in_4bit or recipe.use_vllm):
         if torch.cuda.is_available():
             raise UserError(

@@ -448,6 +448,7 @@ BAD = [
     (["--adapter", "ADAPTER", "1" * 900], "tokens"),
     (["--model", "tiny", " "], "question is empty"),
     (["--adapter", "nowhere", "1+1"], "no adapter in nowhere"),
+    (["--adapter", "ADAPTER/..", "1+1"], r"no adapter in .*: give \S+/adapter\.$"),
     (["--model", "tiny", "--compare", "1+1"], "need an --adapter"),
     (["--model", "tiny", "--gguf", "out"], "need an --adapter"),
     (["--adapter", "ADAPTER", "--gguf", "TMP/gguf"], "GGUF is written by unsloth"),
