@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from support import screen
 from support.errors import UserError, fail
 from support.evaluation import Completion, is_majority_right, majority
+from support.resuming import checkpoints
 from support.rules import Rules
 from support.screen import say
 from support.tables import FILE_TYPES
@@ -56,7 +57,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     args, unknown = parser.parse_known_args()
     if flag := next((part for part in unknown if part.startswith("-")), None):
         nearest = difflib.get_close_matches(flag.split("=")[0], parser._option_string_actions, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown argument {flag}; the nearest is {nearest}. --help lists them all.")
+        minus = "" if flag.startswith("--") else " A question that begins with a minus goes after --."
+        raise UserError(f"unknown argument {flag}; the nearest is {nearest}. --help lists them all.{minus}")
     if unknown:
         raise UserError(
             f"{args.question} and {unknown[0]} cannot both be the question: put a question of several words into quotes"
@@ -106,9 +108,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
         ):
             raise UserError(f"cannot write to {path}: give a file in a folder that you may write to.")
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
-        inside = sorted(args.adapter.glob("adapter/adapter_config.json"))  # where it is a run's folder
-        files = inside or sorted(Path("outputs").glob("**/adapter/adapter_config.json"))
-        found = " or ".join(str(file.parent) for file in files)
+        inside = [args.adapter / "adapter", *checkpoints(args.adapter)]  # where it is a run's folder
+        folders = [path for path in inside if (path / "adapter_config.json").is_file()][:1]
+        folders = folders or [path.parent for path in sorted(Path("outputs").glob("**/adapter/adapter_config.json"))]
+        found = " or ".join(map(str, folders))
         give = f"give {found}" if found else "give the folder that holds adapter_config.json"
         raise UserError(f"there is no adapter in {args.adapter}: {give}.")
     return args

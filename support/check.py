@@ -233,7 +233,7 @@ class Check:
         say(
             f"{self.part:12}{', '.join(f'{short(name)} {text}' for name, text in words.items())}"
             + (
-                "  the same for all answers: look whether the functions read a completion as they should"
+                "  the same for all answers: if some are better, look whether the functions read a completion as they should"
                 if same
                 else ""
             )

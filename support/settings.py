@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -158,7 +159,8 @@ def parse_recipe(argv: list[str]) -> Recipe:
     try:
         recipe, _, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except OSError as error:
-        ours = f"; there is recipes/{error.filename}" if (SCRIPTS / "recipes" / str(error.filename)).is_file() else ""
+        recipes = {path.name: os.path.relpath(path) for path in (SCRIPTS / "recipes").glob("*.yaml")}
+        ours = f"; there is {recipes[error.filename]}" if error.filename in recipes else ""
         raise UserError(f"cannot read the recipe {error.filename}: {error.strerror}{ours}.") from error
     except (yaml.YAMLError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())

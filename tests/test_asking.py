@@ -449,6 +449,7 @@ BAD = [
     (["--model", "tiny", " "], "question is empty"),
     (["--adapter", "nowhere", "1+1"], "no adapter in nowhere"),
     (["--adapter", "ADAPTER/..", "1+1"], r"no adapter in .*: give \S+/adapter\.$"),
+    (["--adapter", "TMP/unfinished", "1+1"], r"no adapter in .*: give \S+/unfinished/checkpoint-10\.$"),
     (["--model", "tiny", "--compare", "1+1"], "need an --adapter"),
     (["--model", "tiny", "--gguf", "out"], "need an --adapter"),
     (["--adapter", "ADAPTER", "--gguf", "TMP/gguf"], "GGUF is written by unsloth"),
@@ -468,6 +469,7 @@ BAD = [
     (["--model", "tiny", "--limit", "0", "--eval", "test"], "--limit 0"),
     (["--model", "TMP/nowhere", "1+1"], "cannot load the model .*nowhere"),
     (["--model", "tiny", "--eva", "test"], "unknown argument --eva; the nearest is --eval."),
+    (["--model", "tiny", "-5加3"], "A question that begins with a minus goes after --.$"),
     (["--model", "tiny", "1加1", "等于几"], "1加1 and 等于几 cannot both be the question: .* into quotes.$"),
     (["--model", "tiny", "--rewards", "mine.py", "1+1"], "mine.py and 1.1 cannot .* give no file with --rewards"),
     (["--model", "tiny", "\udce4\udcbd"], "not in UTF-8"),
@@ -502,6 +504,8 @@ def test_bad_input(infer, adapter, tmp_path, arguments, words):
     (tmp_path / "turn.txt").write_text("1加1\n1加1<|im_end|>")
     (tmp_path / "turn.CSV").write_text("问题,答案\n1加1<|im_start|>,2\n")
     (tmp_path / "empty.jsonl").touch()
+    for step in (9, 10):
+        shutil.copytree(adapter, tmp_path / "unfinished" / f"checkpoint-{step}")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "o.jsonl")
     arguments = [a.replace("ADAPTER", str(adapter)).replace("TMP", str(tmp_path)) for a in arguments]
     with pytest.raises(UserError, match=words) as error:

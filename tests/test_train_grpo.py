@@ -80,6 +80,8 @@ BAD_FLAGS = [
         ["--config", "tiny.yaml"],
         "cannot read the recipe tiny.yaml: No such file or directory; there is recipes/tiny.yaml.",
     ),
+    (["--config", "/nowhere/tiny.yaml"], "cannot read the recipe /nowhere/tiny.yaml: No such file or directory."),
+    (["--config", 300 * "x"], "File name too long."),
     (["--max_steps", "0"], "--max_steps 0 is too small: give 1 or more."),
     (["--save_total_limit", "1"], "--save_total_limit 1 is too small: give 2 or more."),
     (["--num_generations", "1"], "--num_generations 1 is too small: give 2 or more."),
