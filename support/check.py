@@ -220,24 +220,14 @@ class Check:
     def rewards(self, rules: Rules, rollout: dict) -> None:
         """What each function of `rules` gave the answers of the step. Not in check.json: their names are the user's."""
         self.part = "rewards"
-        earned = {name: [value for value in rollout[name] if value is not None] for name in rules.names}
-        words = {
-            name: "none"
-            if not values
-            else f"{min(values):g} to {max(values):g}"
-            if len(set(values)) > 1
-            else f"{values[0]:g}"
+        earned = {name: sorted({value for value in rollout[name] if value is not None}) for name in rules.names}
+        ends = {
+            name: " to ".join(f"{x:g}" for x in [*values[:1], *values[1:][-1:]]) or "none"
             for name, values in earned.items()
         }
-        same = all(len(set(values)) < 2 for values in earned.values())
-        say(
-            f"{self.part:12}{', '.join(f'{short(name)} {text}' for name, text in words.items())}"
-            + (
-                "  the same for all answers: if some are better, look whether the functions read a completion as they should"
-                if same
-                else ""
-            )
-        )
+        say(f"{self.part:12}{', '.join(f'{short(name)} {text}' for name, text in ends.items())}")
+        if all(len(values) < 2 for values in earned.values()):
+            say("            the same for all answers: if some are better, look whether they are read as they should")
 
 
 def trial(rules: Rules, rollout: dict):

@@ -38,7 +38,7 @@ def test_without_a_gpu_the_tiny_recipe_is_checked_and_passes(passed):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("no GPU ") and lines[-1] == "check passed"
-    labels = [line.split()[0] for line in lines[1:-1] if not line.startswith("columns")]
+    labels = [line.split()[0] for line in lines[1:-1] if not line.startswith(("columns", " "))]
     expected = "packages machine numbers step run log machine questions generation agreement step time rewards written"
     assert labels == expected.split()
     assert re.search(r"^time +80 steps and the evaluations at that rate: \d+ (s|min)$", result.stdout, re.MULTILINE)

@@ -489,7 +489,9 @@ def test_check_tries_the_functions(write, monkeypatch, tmp_path, capsys):
     in_process(monkeypatch, "--check", *CHOICE, "--output_dir", tmp_path / "out")
     said = capsys.readouterr().out
     assert "rewards     examples/multiple_choice.py: correct_reward" in said and said.endswith("check passed\n")
-    assert "rewards     correct_reward 0, letter_reward 0, tags_reward 0  the same for all answers: if" in said
+    assert (
+        "rewards     correct_reward 0, letter_reward 0, tags_reward 0\n            the same for all answers: if" in said
+    )
     in_process(monkeypatch, "--check", "--rewards", write(GOOD + TAIL), "--output_dir", tmp_path / "out1")
     assert "rewards     good 0 to 2\n" in capsys.readouterr().out
     mine = write(FAILS.replace("== 2", "== 0"))
