@@ -220,9 +220,9 @@ class Check:
     def rewards(self, rules: Rules, rollout: dict) -> None:
         """What each function of `rules` gave the answers of the step. Not in check.json: their names are the user's."""
         self.part = "rewards"
-        earned = {name: sorted({value for value in rollout[name] if value is not None}) for name in rules.names}
+        earned = {name: {value for value in rollout[name] if value is not None} for name in rules.names}
         ends = {
-            name: " to ".join(f"{x:g}" for x in [*values[:1], *values[1:][-1:]]) or "none"
+            name: " to ".join(f"{x:g}" for x in sorted({min(values), max(values)})) if values else "none"
             for name, values in earned.items()
         }
         say(f"{self.part:12}{', '.join(f'{short(name)} {text}' for name, text in ends.items())}")
